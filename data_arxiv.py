@@ -1,0 +1,598 @@
+"""arXiv abstracts as training text: metadata snapshot -> training sets s1..s10 -> token batches.
+
+The data of FeynTune (arXiv:2508.03716). Of the arXiv metadata snapshot (Kaggle Cornell-University/arxiv, one JSON record a
+line) the records whose PRIMARY category is hep-th, hep-ph, gr-qc, q-bio.* or cs.* are kept, in the order of the file:
+five control papers set aside, withdrawn papers dropped, line breaks removed. Each pool of abstracts (one a category, and
+`joint` = hep-ph and gr-qc together) is split 70/15/15, and the ten training sets are mixtures of pools, made split by split.
+Splits and mixtures are pure functions of the order of the records: two people with the same snapshot have the same
+splits, id for id, and they are the authors' own.
+
+    python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json      # also .gz; -> data/arxiv
+    python data_arxiv.py prepare mine.jsonl --own                      # any JSONL with id and abstract, as the set `own`
+    python data_arxiv.py ids data/arxiv --subset s3 --split test       # the arXiv ids of a split, in order
+    python data_arxiv.py synthesize made_up.jsonl                      # a made-up snapshot, for demo and tests
+
+A prepared directory holds
+    abstracts-XXXXXXXX.jsonl   {"id", "category", "abstract"}, one a line, in the order of the snapshot (XXXXXXXX: its checksum)
+    index-XXXXXXXX.npz         group (N,) uint8: position in GROUPS; start (N+1,) int64: byte offsets; characters (N,) int32
+    manifest.json              counts, sets, checksums; written last, in one step: until then the old directory is the valid one
+"""
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import textwrap
+import zlib
+from array import array
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+CATEGORIES = ("hep-th", "hep-ph", "gr-qc", "q-bio", "cs")          # q-bio and cs: every q-bio.* and cs.*
+JOINT = ("hep-ph", "gr-qc")
+GROUPS = CATEGORIES + ("control", "own")
+SPLITS = ("train", "validation", "test")
+SETS = tuple(f"s{i}" for i in range(1, 11))
+NEEDS = {"s1": "hep-th", "s2": "hep-ph gr-qc", "s3": "hep-th hep-ph gr-qc", "s4": "hep-th hep-ph gr-qc", "s5": "hep-th hep-ph gr-qc",
+         "s6": "hep-th hep-ph gr-qc", "s7": "hep-th gr-qc", "s8": "hep-th hep-ph", "s9": "hep-th hep-ph gr-qc",
+         "s10": "hep-th hep-ph gr-qc q-bio cs", "joint": "hep-ph gr-qc"}           # records of these; any other name needs itself
+CONTROL = ("1804.08625", "1404.0016", "1205.2086", "1209.5915", "1802.05268")     # the authors' own papers: read, never trained on
+CS_SAMPLE = 200_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pools, splits and sets: arithmetic on row numbers. `group` is (N,) uint8, the group of each prepared record (GROUPS).
+
+def split_rows(n):
+    """The authors' 70/15/15 split of n rows: {"train": (n_train,), "validation": .., "test": ..} row numbers, in order.
+
+    What `datasets` does in train_test_split(train_size=0.7, seed=42), then train_test_split(test_size=0.5, seed=42) of the
+    part held out: permute, the held-out rows first; permute those with a fresh generator of the same seed, test rows first."""
+    permutation = np.random.default_rng(42).permutation(n)
+    n_train = math.floor(0.7 * n)
+    held_out, train = permutation[:n - n_train], permutation[n - n_train:]
+    permutation = np.random.default_rng(42).permutation(len(held_out))
+    n_test = math.ceil(0.5 * len(held_out))
+    return {"train": train, "validation": held_out[permutation[n_test:]], "test": held_out[permutation[:n_test]]}
+
+
+def shuffle42(rows):
+    """What `datasets` does in shuffle(seed=42)."""
+    return rows[np.random.default_rng(42).permutation(len(rows))]
+
+
+def pool(group, name):
+    """Row numbers of a pool before it is split: a category, "joint", "control" or "own".
+
+    In the order of the snapshot, but for cs: a sample of 200,000 in the order that pandas' sample(random_state=42) draws,
+    or all of them where there are fewer."""
+    rows = np.flatnonzero(np.isin(group, [GROUPS.index(c) for c in (JOINT if name == "joint" else [name])]))
+    if name == "cs" and len(rows) >= CS_SAMPLE:
+        rows = rows[np.random.RandomState(42).choice(len(rows), CS_SAMPLE, replace=False)]
+    return rows
+
+
+def select(group, name, split):
+    """(rows, short): the row numbers of one split of a set, in order, and one sentence for every part of the recipe that asks
+    for more rows than there are (all there are are taken).
+
+    `name`: s1..s10 (spec of the paper's ten sets), a pool (its split), "control" (all of it, whatever the split), or a free
+    recipe "GROUP:F+GROUP:F+..": the first int(F n) rows of each group in this split, n = its hep-th rows; no F: all of them;
+    then shuffled. ValueError, in one sentence, if a category is lacking or the name means nothing."""
+    if split not in SPLITS:
+        raise ValueError(f"{split!r} is no split: give train, validation or test")
+    short = []
+
+    def need(categories):
+        lacking = [c for c in categories.split() if not np.any(group == GROUPS.index(c))]
+        if lacking:
+            raise ValueError(f"{name} is unavailable: no {', '.join(lacking)} records in the prepared data")
+
+    def part(category):                                                         # a pool's rows in this split
+        need(NEEDS.get(category, category))
+        rows = pool(group, category)
+        return rows[split_rows(len(rows))[split]]
+
+    def first(count, rows, what):
+        if count > len(rows):
+            short.append(f"{name} {split}: the recipe takes {count:,} {what} rows, there are {len(rows):,}")
+        return rows[:max(count, 0)]
+
+    def of_joint(category):                                                     # rows of one category in joint's split
+        rows = part("joint")
+        return rows[group[rows] == GROUPS.index(category)]
+
+    if name in SETS + ("control",):
+        need(NEEDS.get(name, name))
+    if name == "control":
+        rows = pool(group, "control")
+    elif name in CATEGORIES + ("joint", "own"):
+        rows = part(name)
+    elif name not in SETS:
+        rows = free_recipe(name, part, first)
+    elif name == "s1":
+        rows = part("hep-th")
+    elif name == "s2":
+        rows = part("joint")
+    elif name == "s3":
+        rows = shuffle42(np.concatenate([part("hep-th"), part("joint")]))
+    elif name in ("s4", "s5", "s6"):                                            # hep-th diluted, the size kept
+        th = part("hep-th")
+        c = int(0.15 * len(th))
+        added = {"s4": ["gr-qc", "hep-ph"], "s5": ["gr-qc"], "s6": ["hep-ph"]}[name]
+        others = [first(c, of_joint(category), f"{category} of joint") for category in added]
+        rows = shuffle42(np.concatenate([th[:len(th) - len(added) * c], *others]))
+    elif name in ("s7", "s8"):
+        rows = shuffle42(np.concatenate([part("hep-th"), part("gr-qc" if name == "s7" else "hep-ph")]))
+    elif name == "s9":                                                          # as many rows as hep-th, none of them hep-th
+        n, gr, ph = len(part("hep-th")), part("gr-qc"), part("hep-ph")
+        q = len(pool(group, "hep-th")) / (len(pool(group, "gr-qc")) + len(pool(group, "hep-ph")))
+        gr = first(int(q * len(gr)), shuffle42(gr), "gr-qc")
+        rows = shuffle42(np.concatenate([gr, first(n - len(gr), shuffle42(ph), "hep-ph")]))
+    else:                                                                       # s10: as many rows as s3, from afar
+        qb = part("q-bio")
+        cs = first(len(part("gr-qc")) + len(part("hep-ph")) - len(qb), shuffle42(part("cs")), "cs")
+        rows = shuffle42(np.concatenate([part("hep-th"), qb, cs]))
+    return rows, short
+
+
+def free_recipe(recipe, part, first):
+    """Rows of "hep-th:0.7+gr-qc:0.15" (see select)."""
+    parts = []
+    for term in recipe.split("+"):
+        match = re.fullmatch(r"([a-z-]+)(?::([0-9.]+))?", term.strip())
+        if not match or match[1] not in CATEGORIES + ("joint", "own") or (match[2] or "0").count(".") > 1 or match[2] == ".":
+            raise ValueError(f"{recipe!r} is no training set: give one of s1..s10, own, control, {', '.join(CATEGORIES)}, joint, "
+                             f"or a recipe such as hep-th:0.7+gr-qc:0.15")
+        rows = part(match[1])
+        parts.append(first(int(float(match[2]) * len(part("hep-th"))), rows, match[1]) if match[2] else rows)
+    return shuffle42(np.concatenate(parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prepared data -> texts -> token batches
+
+def available(directory):
+    """The manifest of a prepared directory. ValueError, with the two ways that lead there, if nothing is prepared."""
+    path = Path(directory) / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no prepared abstracts in {directory} (there is no manifest.json). Two ways lead there:\n{TWO_WAYS}") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): run prepare again") from None
+
+
+TWO_WAYS = """\
+1. with a Kaggle account: download arxiv-metadata-oai-snapshot.json of Cornell-University/arxiv (about 4.5 GB), then
+     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json
+2. without an account: harvest arXiv itself (physics categories: about 2 hours, 0.6 GB; it goes on where it was stopped), then prepare
+     python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl
+     python data_arxiv.py prepare snapshot.jsonl"""
+
+
+def read_index(directory):
+    """(path of the abstracts, group (N,), start (N+1,), characters (N,)) of a prepared directory."""
+    names = available(directory)["checksums"]
+    abstracts, index = (Path(directory) / next(n for n in names if n.startswith(stem)) for stem in ("abstracts-", "index-"))
+    try:
+        with np.load(index, allow_pickle=False) as arrays:
+            group, start, characters = (arrays[key] for key in ("group", "start", "characters"))
+        if abstracts.stat().st_size != start[-1]:
+            raise ValueError("its size is not what was prepared")
+    except (OSError, ValueError, KeyError, zlib.error) as e:
+        raise ValueError(f"{abstracts} or its index is damaged or missing ({e}): run prepare again") from None
+    return abstracts, group, start, characters
+
+
+def load(directory, set, split):
+    """(ids, texts) of one split of a set, two lists of str in the set's order.
+
+    directory: written by prepare. set: s1..s10, own, control, a category, joint, or a free recipe (see select).
+    split: train, validation or test. ValueError in one sentence when the set cannot be had or nothing is prepared."""
+    abstracts, group, start, _ = read_index(directory)
+    rows, short = select(group, set, split)
+    for sentence in short:
+        print(f"note: {sentence}; all of them are taken", file=sys.stderr)
+    ids, texts = [None] * len(rows), [None] * len(rows)
+    with open(abstracts, "rb") as f:
+        for k in np.argsort(rows):                                              # in the order of the file: the disk likes that
+            f.seek(start[rows[k]])
+            record = json.loads(f.read(start[rows[k] + 1] - start[rows[k]]))
+            ids[k], texts[k] = record["id"], record["abstract"]
+    return ids, texts
+
+
+def encode(tokenizer, text, bos, eos):
+    """Token ids of one training sequence, BOS + text + EOS (eos None: no EOS); never truncated. `tokenizer`: tokenizers.Tokenizer.
+
+    The text itself is encoded without special tokens: some tokenizers would add a BOS of their own."""
+    return [bos] + tokenizer.encode(text, add_special_tokens=False).ids + ([eos] if eos is not None else [])
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_rows(n, batch_size, seed, step):
+    """Row indices of the batch of 0-based `step`, over all processes: (batch_size,), or fewer for the last batch of an epoch.
+
+    A pure function of its arguments: every epoch has its own permutation of the n rows, so a run resumed at any step sees
+    the batches that it would have seen, and nothing about the data needs saving."""
+    steps = math.ceil(n / batch_size)                                           # an epoch; its partial last batch is kept
+    epoch, i = divmod(step, steps)
+    return epoch_order(n, seed, epoch)[i * batch_size:(i + 1) * batch_size]
+
+
+def collate(sequences):
+    """Sequences laid end to end, without padding: (ids (total,) int64, lengths (len(sequences),) int64), torch tensors."""
+    import torch                                                                # here: prepare and ids start without it
+    ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+    return ids, torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write that takes the place of `path` in one step: a reader, or a kill, meets the old bytes or the new ones."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare
+
+def clean(abstract):
+    """One line: every newline, with the white space after it, becomes one blank."""
+    return re.sub(r"\n\s*", " ", abstract).strip()
+
+
+def withdrawn(record):
+    """The authors' test: "withdrawn" in the comments in any case, or in the abstract in one of two."""
+    return ("withdrawn" in (record.get("comments") or "").lower()
+            or "withdrawn" in record["abstract"] or "Withdrawn" in record["abstract"])
+
+
+def group_of(primary):
+    """The group that a primary category belongs to, or None."""
+    if primary in ("hep-th", "hep-ph", "gr-qc"):
+        return primary
+    return next((archive for archive in ("q-bio", "cs") if primary.startswith(archive + ".")), None)
+
+
+def read_lines(path, block=1 << 22):
+    """Yields (line number from 1, line as bytes without its newline) of a plain or .gz file, 4 MB at a time, with a progress bar.
+
+    ValueError if the file is a zip archive, is cut off, or has no line break for 16 MB (a record has a few thousand bytes)."""
+    with open(path, "rb") as raw:
+        magic = raw.read(4)
+        raw.seek(0)
+        if magic == b"PK\x03\x04":
+            raise ValueError(f"{path} is a zip archive: unzip it and give the .json inside it")
+        f = gzip.GzipFile(fileobj=raw) if magic[:2] == b"\x1f\x8b" else raw
+        number, rest, data = 0, b"", b"-"
+        with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {Path(path).name}") as bar:
+            while data:
+                try:
+                    data = f.read(block)
+                except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+                    raise ValueError(f"{path} is cut off or damaged ({e}): download it again") from None
+                lines = (rest + data).split(b"\n")
+                rest = lines.pop() if data else b""                             # a line that the next block will end
+                if len(rest) > 1 << 24:
+                    raise ValueError(f"{path} has no line break within 16 MB: it does not hold one JSON record a line")
+                for number, line in enumerate(lines, number + 1):
+                    yield number, line
+                bar.update(raw.tell() - bar.n)
+
+
+def read_records(path, categories, broken):
+    """Yields (group, record) for the records of a snapshot whose primary category is wanted and for the control papers; the
+    line numbers of broken lines are appended to `broken`. categories None: any JSONL with `id` and `abstract`, group "own".
+
+    Most lines of a snapshot are not wanted, and their bytes show it without parsing: the primary category follows the first
+    "categories":" of the line. Inside a JSON string every quote has a backslash before it, so these bytes cannot be part of a
+    title or an abstract; only a nested object with a key of that name could mislead, and the snapshot has none. A line
+    that is not in the snapshot's compact form is parsed.
+    Noticed as broken: any line that does not end in }, and, of the lines that are parsed (all wanted ones are), those that
+    are no JSON object with the strings id, categories and abstract. A rejected line is not looked at further.
+    ValueError if none of the first 100 lines is a record."""
+    key, rejected = b'"categories":"', {}
+    control = {paper.encode() for paper in CONTROL}
+    recognised = False
+    for number, line in read_lines(path):
+        at = line.find(key) + len(key) if categories else 0
+        if at >= len(key) and line.startswith(b'{"id":"') and line.endswith(b"}"):
+            primary = line[at:line.find(b'"', at)].partition(b" ")[0]
+            if primary not in rejected:                                         # a category not met before (there are some 170)
+                rejected[primary] = bool(re.fullmatch(rb"[A-Za-z.-]+", primary)) and group_of(primary.decode()) not in categories
+            if rejected[primary] and line[7:line.find(b'"', 7)] not in control:
+                recognised = True
+                continue
+        try:
+            record = json.loads(line)
+            if categories is None:
+                record["id"], group = str(record["id"]), "own"
+            else:
+                group = "control" if record["id"] in CONTROL else group_of(record["categories"].split()[0])
+            record["id"].encode(), clean(record["abstract"]).encode()           # no strings, or half a surrogate pair: an error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            if line.strip():
+                broken.append(number)
+            if not recognised and len(broken) >= 100:
+                break
+            continue
+        recognised = True
+        if categories is None or group == "control" or group in categories:
+            yield group, record
+    if not recognised:
+        fields = "id and abstract" if categories is None else "id, categories and abstract, as arXiv's metadata snapshot does"
+        raise ValueError(f"{path} does not hold one JSON record a line with {fields}: none of its first lines is one")
+
+
+def carried_over(out, own):
+    """Yields (group code, line, characters) of what is in `out` already and this run does not replace: the set `own` stays when
+    a snapshot is prepared, and the snapshot's abstracts stay when own records are."""
+    if not (Path(out) / "manifest.json").exists():
+        return
+    abstracts, group, start, characters = read_index(out)
+    with open(abstracts, "rb") as f:
+        for row in np.flatnonzero((group != GROUPS.index("own")) == own):
+            f.seek(start[row])
+            yield int(group[row]), f.read(start[row + 1] - start[row]), int(characters[row])
+
+
+def count_sets(group, characters, counts):
+    """The manifest's entries on `counts` ({category: {"records", "withdrawn"}}), the sets and their sizes."""
+    if set(JOINT) <= set(counts):
+        counts["joint"] = {key: sum(counts[c][key] for c in JOINT) for key in ("records", "withdrawn")}
+    entry = {"categories": {}, "sets": {}, "characters": {}, "unavailable": {}, "short": []}
+    for name, count in counts.items():
+        kept = count["records"] - count["withdrawn"]
+        used = len(pool(group, name)) if kept else 0
+        entry["categories"][name] = {**count, "kept": kept, **{k: len(rows) for k, rows in split_rows(used).items()}}
+    entry["control"] = int(np.sum(group == GROUPS.index("control")))
+    for name in (*counts, *SETS):
+        try:
+            rows = {split: select(group, name, split) for split in SPLITS}
+        except ValueError as e:
+            if name in SETS:
+                entry["unavailable"][name] = str(e).removeprefix(f"{name} is unavailable: ")
+            continue
+        if name in SETS + ("own",):
+            entry["sets"][name] = {split: len(rows[split][0]) for split in SPLITS}
+        entry["characters"][name] = {split: int(characters[rows[split][0]].sum()) for split in SPLITS}
+        entry["short"] += [sentence for split in SPLITS for sentence in rows[split][1]]
+    return entry
+
+
+def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
+    """Snapshot (or, with own, any JSONL with id and abstract) -> prepared directory `out`; returns its manifest.
+
+    Streams: memory is a few bytes a kept record. Files are written under new names, and the manifest, replaced last, names
+    them: killed at any instant, prepare leaves the old state. What `out` holds of the other kind (own or snapshot) stays.
+    ValueError if the source is no snapshot or holds nothing wanted; OSError if a file cannot be read or written."""
+    source, out = Path(source), Path(out)
+    counts = {name: {"records": 0, "withdrawn": 0} for name in (["own"] if own else categories)}
+    group, characters, start = bytearray(), array("i"), array("q", [0])
+    broken, kinds = [], set()
+
+    def new_rows():
+        for name, record in read_records(source, None if own else categories, broken):
+            kinds.add("synthetic" if record.get("submitter") == SYNTHETIC else "own" if own else "snapshot")
+            if name != "control":
+                counts[name]["records"] += 1
+                if not own and withdrawn(record):
+                    counts[name]["withdrawn"] += 1
+                    continue
+            row = {"id": record["id"], "category": "own" if own else record["categories"].split()[0], "abstract": clean(record["abstract"])}
+            yield GROUPS.index(name), json.dumps(row, ensure_ascii=False).encode() + b"\n", len(row["abstract"])
+
+    out.mkdir(parents=True, exist_ok=True)
+    new, checksum = out / "abstracts-new", hashlib.sha256()
+    with replacing(new) as f:
+        for code, line, n in itertools.chain(new_rows(), carried_over(out, own)):
+            f.write(line)
+            checksum.update(line)
+            group.append(code)
+            characters.append(n)
+            start.append(start[-1] + len(line))
+        if not any(c["records"] > c["withdrawn"] for c in counts.values()):
+            raise ValueError(f"{source} holds no abstract of {', '.join(counts)}")
+    arrays = {"group": np.frombuffer(group, np.uint8), "start": np.frombuffer(start, np.int64),
+              "characters": np.frombuffer(characters, np.int32)}
+    index, stem = io.BytesIO(), checksum.hexdigest()[:8]
+    np.savez(index, **arrays)
+    with replacing(out / f"index-{stem}.npz") as f:
+        f.write(index.getvalue())
+    os.replace(new, out / f"abstracts-{stem}.jsonl")
+
+    old = available(out) if (out / "manifest.json").exists() else {"sources": {}, "categories": {}}
+    stays = {c: {k: v[k] for k in ("records", "withdrawn")} for c, v in old["categories"].items() if (c == "own") != own and c != "joint"}
+    entry = {"file": source.name, "bytes": source.stat().st_size, "kind": " and ".join(sorted(kinds)),
+             "broken_lines": {"count": len(broken), "first": broken[:10]}}
+    manifest = {"sources": {**{k: v for k, v in old["sources"].items() if (k == "own") != own}, "own" if own else "snapshot": entry},
+                **count_sets(arrays["group"], arrays["characters"], {**stays, **counts}),
+                "checksums": {f"abstracts-{stem}.jsonl": checksum.hexdigest(),
+                              f"index-{stem}.npz": hashlib.sha256(index.getvalue()).hexdigest()}}
+    with replacing(out / "manifest.json") as f:
+        f.write(json.dumps(manifest, indent=1).encode())
+    for path in [*out.glob("abstracts-*"), *out.glob("index-*")]:               # of the state before, or of a killed run
+        if path.name not in manifest["checksums"]:
+            path.unlink(missing_ok=True)
+    return manifest
+
+
+def print_table(manifest):
+    """The counts on screen, and everything that a user should not overlook."""
+    columns = ("records", "withdrawn", "kept", *SPLITS)
+    print(f"{'category':10}" + "".join(f"{c:>12}" for c in columns))
+    for name, count in manifest["categories"].items():
+        print(f"{name:10}" + "".join(f"{count[c]:12,}" for c in columns))
+    print(f"\n{'set':46}" + "".join(f"{c:>12}" for c in SPLITS))
+    for name, count in manifest["sets"].items():
+        print(f"{name:46}" + "".join(f"{count[c]:12,}" for c in SPLITS))
+    for name, reason in manifest["unavailable"].items():
+        print(f"{name:10}unavailable: {reason}")
+    print(f"\ncontrol papers, kept apart: {manifest['control']} of {len(CONTROL)}")
+    if 0 < manifest["categories"].get("cs", {"kept": 0})["kept"] < CS_SAMPLE:
+        print(f"cs: fewer than the {CS_SAMPLE:,} abstracts that are sampled of it; all are used")
+    for sentence in manifest["short"]:
+        print(f"{sentence}; all of them are taken")
+    for source in manifest["sources"].values():
+        lines = source["broken_lines"]
+        if lines["count"]:
+            more = ", .." if lines["count"] > len(lines["first"]) else ""
+            print(f"{source['file']}: {lines['count']:,} broken lines skipped (line {', '.join(map(str, lines['first']))}{more})")
+        if "synthetic" in source["kind"]:
+            print(f"{source['file']} is SYNTHETIC: made-up records, for demo and tests only")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synthesize: a made-up snapshot
+
+SYNTHETIC = "Synthetic Record"                                                  # the submitter of every made-up record
+VOCABULARY = {  # theories; objects; methods; formulae. The i-th object goes with the i-th method: there is something to learn
+    "hep-th": ("string theory|supergravity|holography|gauge theory|conformal field theory|M-theory",
+               "D-branes|Wilson loops|instantons|moduli spaces|black hole microstates|conformal blocks",
+               "T-duality|the AdS/CFT correspondence|localization|mirror symmetry|the elliptic genus|the conformal bootstrap",
+               r"$AdS_5 \times S^5$|$\mathcal{N}=4$|$SU(N)$|$\alpha'$|$T\bar{T}$|$c = 24$"),
+    "hep-ph": ("the Standard Model|QCD|the MSSM|chiral perturbation theory|a two-Higgs-doublet model|the seesaw mechanism",
+               "Higgs decays|parton distributions|squark masses|pion form factors|charged scalars|neutrino masses",
+               "next-to-leading order corrections|a global fit|LHC data|lattice input|flavour constraints|renormalization group running",
+               r"$b \to s \gamma$|$\alpha_s(M_Z)$|$\tan\beta$|$\pi\pi$|$m_H = 125$ GeV|$0\nu\beta\beta$"),
+    "gr-qc": ("general relativity|loop quantum gravity|$f(R)$ gravity|Brans-Dicke theory|numerical relativity|quantum cosmology",
+              "binary mergers|spin networks|wormholes|cosmological perturbations|apparent horizons|bouncing universes",
+              "matched filtering|coherent states|energy conditions|the Hamiltonian formalism|moving punctures|minisuperspace",
+              r"$g_{\mu\nu}$|$\gamma = 0.2375$|$\Lambda$|$\omega_{BD}$|$l=m=2$|$a(t)$"),
+    "q-bio": ("population genetics|neuroscience|epidemiology|systems biology|molecular evolution|ecology",
+              "allele frequencies|spike trains|epidemic thresholds|gene regulatory networks|phylogenetic trees|food webs",
+              "a Wright-Fisher model|maximum entropy inference|contact tracing data|stochastic simulation|Bayesian sampling|field data",
+              r"$N_e$|$\sim 40$ Hz|$R_0 > 1$|$k_{cat}$|$dN/dS$|$\mu_{max}$"),
+    "cs": ("deep learning|computer vision|distributed systems|natural language processing|program analysis|reinforcement learning",
+           "transformers|object detectors|consensus protocols|word embeddings|type checkers|policy gradients",
+           "stochastic gradient descent|data augmentation|message passing|pre-training|abstract interpretation|replay buffers",
+           r"$O(n \log n)$|$97.3\%$|$f+1$|$\ell_2$|$\mathsf{NP}$|$\epsilon$-greedy"),
+    "other": ("algebraic geometry|stellar astrophysics|superconductivity|probability theory|quantum information|turbulence",
+              "vector bundles|red giants|vortex lattices|random walks|entangled photons|shear flows",
+              "derived categories|asteroseismology|neutron scattering|coupling arguments|tomography|direct numerical simulation",
+              r"$\mathbb{P}^n$|$T_{eff}$|$T_c$|$n \to \infty$|$|\psi\rangle$|$Re$"),
+}
+SENTENCES = (
+    "We study {object} in {theory} by means of {method}.", "It is shown that {object} are governed by {formula} once {method} is taken into account.",
+    "In particular, {method} leads to a new relation between {object} and {formula}.", "Our result for {formula} agrees with earlier work on {theory}.",
+    "As an application we compute {formula} for {object} and compare it with what {method} predicts.",
+    "This extends the known description of {object}, where only the leading term in {formula} had been kept.",
+    "The consequences for {theory} are discussed.", "We comment on open problems in {theory}, among them the role of {object} at large {formula}.")
+PRIMARIES = {"hep-th": ["hep-th"], "hep-ph": ["hep-ph"], "gr-qc": ["gr-qc"], "q-bio": ["q-bio.NC", "q-bio.PE", "q-bio.QM"],
+             "cs": ["cs.LG", "cs.CV", "cs.CL", "cs.DC"], "other": ["math.AG", "astro-ph.SR", "cond-mat.supr-con", "quant-ph"]}
+SHARES = {"hep-th": 22, "hep-ph": 20, "gr-qc": 12, "q-bio": 6, "cs": 32, "other": 8}      # per cent; enough of each for all ten sets
+SURNAMES = "Alder Birch Cedar Elm Fir Hazel Larch Maple Oak Pine Rowan Spruce Willow M\\\"uhlenbeck d'Ormeau".split()
+
+
+def made_up_record(draw, paper, group, created):
+    """One record in the snapshot's schema and key order; `draw`: random.Random."""
+    theories, objects, methods, formulae = (words.split("|") for words in VOCABULARY[group])
+    i = draw.randrange(6)                                                       # the topic, kept through the abstract
+    words = {"theory": theories[i], "object": objects[i], "method": methods[i], "formula": formulae[i]}
+    sentences = [draw.choice(SENTENCES).format(**{**words, "theory": draw.choice(theories), "formula": draw.choice(formulae)}) for _ in
+                 range(draw.randint(3, 9))]
+    abstract = " ".join([SENTENCES[0].format(**words), *sentences])
+    comments = f"{draw.randint(4, 60)} pages, {draw.randint(0, 20)} figures. Made up"
+    if draw.random() < 0.02:
+        comments = draw.choice(["This paper has been withdrawn", "WITHDRAWN by the author", "Withdrawn: error in Section 3"])
+    elif draw.random() < 0.01:
+        abstract = draw.choice(["This paper has been withdrawn by the author.", "Withdrawn."])
+    wrap = functools.partial(textwrap.fill, width=79, break_long_words=False, break_on_hyphens=False)
+    authors = [(draw.choice(SURNAMES), draw.choice("ABCDEGHJKLMNPRSTVW") + ".") for _ in range(draw.randint(1, 8))]
+    cross = draw.sample([c for g, cs in PRIMARIES.items() if g != group for c in cs], draw.choice([0, 0, 1, 2]))
+    dates = [created + timedelta(days=100 * v, seconds=draw.randrange(86400)) for v in range(draw.choice([1, 1, 2, 3]))]
+    published = draw.random() < 0.5
+    return {"id": paper, "submitter": SYNTHETIC, "authors": ", ".join(f"{first} {last}" for last, first in authors),
+            "title": wrap(f"{objects[i][0].upper()}{objects[i][1:]} in {draw.choice(theories)} and {methods[i]}", subsequent_indent="  "),
+            "comments": comments, "journal-ref": f"Made-up J. {draw.randint(1, 99)} ({created.year}) {draw.randint(1, 9999)}" if published else None,
+            "doi": f"10.0000/made.up.{draw.randint(1, 10**7)}" if published else None, "report-no": None,
+            "categories": " ".join([draw.choice(PRIMARIES[group]), *cross]),
+            "license": draw.choice([None, "http://arxiv.org/licenses/nonexclusive-distrib/1.0/", "http://creativecommons.org/licenses/by/4.0/"]),
+            "abstract": wrap(abstract, initial_indent="  ") + "\n",
+            "versions": [{"version": f"v{v}", "created": f"{d:%a}, {d.day} {d:%b %Y %H:%M:%S} GMT"} for v, d in enumerate(dates, 1)],
+            "update_date": f"{dates[-1]:%Y-%m-%d}", "authors_parsed": [[last, first, ""] for last, first in authors]}
+
+
+def synthesize(path, records=5000, seed=0):
+    """Writes a made-up snapshot of `records` records (.gz: compressed) and says so: the snapshot's schema, order and form, all category
+    groups with a vocabulary of their own, withdrawn papers, cross-lists and the control papers. The same seed, the same bytes.
+    ValueError for fewer than 100 records."""
+    if records < 100:
+        raise ValueError(f"--records {records}: a made-up snapshot has at least 100 records")
+    draw, papers = random.Random(seed), {paper: ("hep-th", paper[:4]) for paper in CONTROL}
+    while len(papers) < records:
+        group, = draw.choices(list(SHARES), SHARES.values())
+        year, month = draw.randint(1994, 2023), draw.randint(1, 12)
+        yymm = f"{year % 100:02}{month:02}"
+        archive = PRIMARIES[group][0].split(".")[0]
+        paper = (f"{archive}/{yymm}{draw.randrange(1, 1000):03}" if (year, month) < (2007, 4) else
+                 f"{yymm}.{draw.randrange(1, 10_000):04}" if year < 2015 else f"{yymm}.{draw.randrange(1, 25_000):05}")
+        papers.setdefault(paper, (group, yymm))
+    packed = str(path).endswith(".gz")
+    with replacing(path) as f, gzip.GzipFile("", "wb", fileobj=f, mtime=0) if packed else contextlib.nullcontext(f) as data:
+        for paper in tqdm(sorted(papers), desc="synthesize", unit=" records"):  # plain string order, as in the snapshot
+            group, yymm = papers[paper]
+            created = datetime((1900 if yymm > "90" else 2000) + int(yymm[:2]), int(yymm[2:]), draw.randint(1, 28))
+            data.write(json.dumps(made_up_record(draw, paper, group, created), separators=(",", ":")).encode() + b"\n")
+    print(f"{path}: {records:,} SYNTHETIC records, made up: for demo and tests, no physics in them", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("prepare", help="snapshot -> training sets")
+    p.add_argument("source", metavar="SNAPSHOT", help="arxiv-metadata-oai-snapshot.json, plain or .gz, or what harvest wrote")
+    p.add_argument("--out", default="data/arxiv", help="prepared directory (default %(default)s)")
+    p.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="C",
+                   help=f"of {' '.join(CATEGORIES)} (default: all; s1..s9 need the first three only)")
+    p.add_argument("--own", action="store_true", help="SNAPSHOT is any JSONL with id and abstract: one pool, the set `own`")
+    p = commands.add_parser("ids", help="print the arXiv ids of a split, in order, one a line")
+    p.add_argument("directory", metavar="DIR", help="prepared directory")
+    p.add_argument("--subset", required=True, help="s1..s10, own, control, a category, joint, or a recipe such as hep-th:0.7+gr-qc:0.15")
+    p.add_argument("--split", required=True, choices=SPLITS)
+    p = commands.add_parser("synthesize", help="write a made-up snapshot")
+    p.add_argument("out", metavar="OUT", help="file to write; .gz compresses it")
+    p.add_argument("--records", type=int, default=5000, help="(default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "prepare":
+            print_table(prepare(args.source, args.out, tuple(args.categories), args.own))
+        elif args.command == "ids":
+            print("\n".join(load(args.directory, args.subset, args.split)[0]))
+        else:
+            synthesize(args.out, args.records, args.seed)
+    except BrokenPipeError:                                                     # ids .. | head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"error: {e}\n")
+
+
+if __name__ == "__main__":
+    main()
