@@ -1,0 +1,186 @@
+"""NF4, the 4-bit number format of QLoRA, by hand (arXiv:2305.14314), bit for bit what bitsandbytes computes.
+
+A weight matrix is flattened and cut into blocks of 64. A block is divided by its largest magnitude ("absmax"), which brings it into
+[-1, 1], and each value becomes the index (4 bits) of one of 16 levels that are close to the quantiles of a normal distribution.
+Two indices share a byte, the earlier one in the high nibble.
+
+That leaves one float32 absmax for 64 weights, half a bit a weight. Double quantisation stores them in 8 bits as well: their mean
+("offset") is subtracted, and blocks of 256 of what remains are divided by their own maximum ("nested_absmax") and rounded
+to one of the 256 levels of the dynamic map (arXiv:1511.04561), a small floating point format with a flexible exponent. Together:
+
+    4 bits + 8/64 + 32/(64*256) = 4.127 bits a weight,     w ~ NF4[code] * (DYNAMIC[absmax] * nested_absmax + offset)
+
+    q = quantize_nf4(weight)          # NF4Weight
+    w = dequantize_nf4(q)             # the same shape and dtype as the weight had
+    y = NF4Linear(...)                # y = x W^T with W kept in 4 bits; the gradient goes to x only, W is frozen
+"""
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+BLOCK = 64      # weights that share one absmax
+NESTED = 256    # absmax values that share one nested_absmax
+TINY = 1e-38    # an all-zero block is divided by this instead of by zero
+
+# The 16 levels (arXiv:2305.14314, appendix E): quantiles of N(0, 1), asymmetric so that zero is a level, scaled to [-1, 1].
+NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+                    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+                    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+
+
+def dynamic_map():
+    """The 256 levels of the signed 8-bit dynamic map, ascending: (256,) float32 in [-0.993, 1].
+
+    0, 1, and +-10^(i-6) times the midpoints of 2^i equal intervals of [0.1, 1], i = 0..6: the larger the exponent, the finer
+    the fraction."""
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** i + 1)
+        positive = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        levels += positive.tolist() + (-positive).tolist()
+    return torch.tensor(sorted(levels))
+
+
+DYNAMIC = dynamic_map()
+
+
+@dataclass
+class NF4Weight:
+    """A quantised tensor. `packed` (ceil(n/2),) uint8; `absmax` (ceil(n/64),) uint8; `nested_absmax` (ceil(n/64/256),) float32;
+    `nested_offset` () float32; `shape` and `dtype` are the original's."""
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor
+    nested_offset: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def quantize_nf4(weight, name="weight"):
+    """weight (any shape, float32/16/bfloat16) -> NF4Weight on the same device.
+
+    Raises ValueError, with the tensor's `name`, for NaN or infinite weights."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} holds NaN or infinite values and cannot be quantised; the checkpoint is damaged, get it again")
+    x = weight.detach().reshape(-1).float()
+    tail = x.numel() % BLOCK
+    blocks = F.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)                        # (n,) -> (n/64, 64)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1 / absmax.clamp(min=TINY))[:, None]
+    if tail:                                                    # bitsandbytes divides the partial block, and never by zero
+        absmax[-1] = absmax[-1].clamp(min=TINY)
+        scaled[-1] = blocks[-1] / absmax[-1]
+    nf4 = NF4.to(x.device)
+    codes = torch.bucketize(scaled.view(-1)[:x.numel()], (nf4[:-1] + nf4[1:]) / 2, out_int32=True).to(torch.uint8)
+    if len(codes) % 2:
+        codes = F.pad(codes, (0, 1), value=7)                                         # 7 is the code of zero
+    absmax8, nested_absmax, offset = quantize_absmax(absmax)
+    return NF4Weight(codes[::2] << 4 | codes[1::2], absmax8, nested_absmax, offset, weight.shape, weight.dtype)
+
+
+def quantize_absmax(absmax):
+    """Double quantisation of absmax (m,) float32 -> (m,) uint8 codes, (ceil(m/256),) float32 maxima, () float32 offset."""
+    offset = absmax.mean()
+    blocks = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)      # (m,) -> (m/256, 256)
+    nested_absmax = blocks.abs().amax(dim=1)
+    x = blocks * (1 / nested_absmax)[:, None]
+    if x.device.type == "cpu":                                  # bitsandbytes looks the code up on a grid of 65,536 points
+        x = ((x + 1) * 32767.5 + 0.5).int().clamp(0, 65535) * 2.0 / 65535 - 1
+    dynamic = DYNAMIC.to(x.device)
+    codes = torch.bucketize(x, (dynamic[:-1] + dynamic[1:]) / 2)
+    codes[nested_absmax == 0] = 0                                                     # nothing but the offset itself
+    return codes.view(-1)[:len(absmax)].to(torch.uint8), nested_absmax, offset
+
+
+def dequantize_nf4(q, dtype=None):
+    """NF4Weight -> Tensor of q.shape in `dtype` (default: the original's), computed in float32 and rounded once."""
+    n, device = q.shape.numel(), q.packed.device
+    absmax = DYNAMIC.to(device)[q.absmax.int()] * q.nested_absmax.repeat_interleave(NESTED)[:len(q.absmax)] + q.nested_offset
+    out = torch.empty(len(absmax), BLOCK, dtype=dtype or q.dtype, device=device)
+    rows = 2048 if device.type == "cpu" else len(absmax)        # on a CPU, pieces that stay in the cache: three times faster
+    pairs = NF4_PAIRS.to(device)
+    for i in range(0, len(absmax), rows):
+        packed = q.packed[i * BLOCK // 2:(i + rows) * BLOCK // 2]
+        levels = pairs.index_select(0, packed.int()).view(torch.float32)              # (bytes,) -> (2 * bytes,)
+        if len(levels) % BLOCK:                                                       # the partial block at the end
+            levels = F.pad(levels, (0, -len(levels) % BLOCK))
+        torch.mul(levels.view(-1, BLOCK), absmax[i:i + rows, None], out=out[i:i + rows])
+    return out.view(-1)[:n].view(q.shape)
+
+
+# The two float32 levels of each byte side by side in one 64-bit word, (256,): one look-up yields two weights.
+NF4_PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1).view(torch.int64).view(-1)
+
+
+def from_bitsandbytes(tensors, name):
+    """The tensors that bitsandbytes serialised for one weight -> NF4Weight.
+
+    tensors: {"": packed, "absmax": .., "nested_absmax": .., "quant_map": .., "nested_quant_map": .., "quant_state.bitsandbytes__nf4": ..}.
+    Raises ValueError for a format other than NF4 with block 64 and double quantisation with block 256."""
+    missing = {"absmax", "nested_absmax", "quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4"} - set(tensors)
+    if missing:
+        raise ValueError(f"{name}: a 4-bit checkpoint must be NF4 with double quantisation; missing: {', '.join(sorted(missing))}")
+    try:
+        state = json.loads(bytes(tensors["quant_state.bitsandbytes__nf4"].tolist()))
+        shape, dtype, offset = torch.Size(state["shape"]), getattr(torch, state["dtype"]), float(state["nested_offset"])
+        blocks = state["blocksize"], state["nested_blocksize"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{name}: the quant_state of this 4-bit weight cannot be read ({e}); get the checkpoint again") from None
+    q = NF4Weight(tensors[""].reshape(-1), tensors["absmax"], tensors["nested_absmax"], torch.tensor(offset), shape, dtype)
+    if blocks != (BLOCK, NESTED) or not torch.equal(tensors["quant_map"].float(), NF4) \
+            or not torch.allclose(tensors["nested_quant_map"].float(), DYNAMIC, atol=1e-7):
+        raise ValueError(f"{name}: 4-bit blocks of {blocks} or another codebook; only NF4 with blocks of {BLOCK} and {NESTED} is read")
+    if len(q.packed) != -(-shape.numel() // 2) or len(q.absmax) != -(-shape.numel() // BLOCK) or len(q.nested_absmax) != -(-len(q.absmax) // NESTED):
+        raise ValueError(f"{name}: the sizes of the 4-bit tensors do not fit the shape {tuple(shape)}; get the checkpoint again")
+    return q
+
+
+class NF4Matmul(torch.autograd.Function):
+    """y = x W^T. The 16-bit W exists only inside forward and inside backward; between them only its 4-bit form is kept.
+
+    Plain twin: F.linear(x, dequantize_nf4(q))."""
+
+    @staticmethod
+    def forward(ctx, x, q):
+        ctx.q = q
+        return x @ dequantize_nf4(q, x.dtype).T                                       # (..., in) -> (..., out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ dequantize_nf4(ctx.q, grad.dtype), None                         # (..., out) -> (..., in)
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer, weight (out_features, in_features) in NF4; the bias, if there is one, in 16 bit."""
+
+    def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        n = in_features * out_features
+        blocks = -(-n // BLOCK)
+        for name, size, kind in (("weight", (-(-n // 2),), torch.uint8), ("absmax", (blocks,), torch.uint8),
+                                 ("nested_absmax", (-(-blocks // NESTED),), torch.float32), ("nested_offset", (), torch.float32)):
+            self.register_buffer(name, torch.empty(size, dtype=kind, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+
+    def set(self, q):
+        """Take over an NF4Weight. Raises ValueError if its shape is not (out_features, in_features)."""
+        if tuple(q.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"a 4-bit weight of shape {tuple(q.shape)} does not fit a layer of {(self.out_features, self.in_features)}")
+        self.weight, self.absmax, self.nested_absmax, self.nested_offset, self.dtype = \
+            q.packed, q.absmax, q.nested_absmax, q.nested_offset, q.dtype
+
+    def quantized(self):
+        """-> NF4Weight, sharing memory with this layer."""
+        return NF4Weight(self.weight, self.absmax, self.nested_absmax, self.nested_offset,
+                         torch.Size((self.out_features, self.in_features)), self.dtype)
+
+    def forward(self, x):
+        y = NF4Matmul.apply(x, self.quantized())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

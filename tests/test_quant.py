@@ -1,0 +1,94 @@
+"""quant.py against bitsandbytes: bit for bit."""
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import quant
+from quant import NF4Linear, dequantize_nf4, quantize_nf4
+
+
+def mismatches(weight):
+    """Number of differing elements between bitsandbytes' and our quantisation of `weight`, all five tensors and the way back."""
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    q = quantize_nf4(weight)
+    pairs = [(packed.view(-1), q.packed), (state.absmax, q.absmax), (state.state2.absmax, q.nested_absmax), (state.offset, q.nested_offset)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        state.dtype = dtype
+        theirs, ours = bnb.dequantize_4bit(packed, state), dequantize_nf4(q, dtype)
+        pairs.append((theirs.view(-1).nan_to_num(), ours.view(-1).nan_to_num()))          # float16 overflows above 65504: inf in both
+    assert q.shape == weight.shape and dequantize_nf4(q).dtype == weight.dtype
+    return sum((a != b).sum().item() for a, b in pairs)
+
+
+def test_levels():
+    assert torch.equal(quant.DYNAMIC, bnb.create_dynamic_map())
+    assert torch.equal(quant.NF4, bnb.get_4bit_type("nf4", device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_random_weights(dtype):
+    torch.manual_seed(0)
+    assert mismatches((0.02 * torch.randn(2048, 2048)).to(dtype)) == 0                    # 4 million each
+    sparse = torch.randn(128, 64 * 300)
+    sparse[::3] = 0                                                                       # all-zero blocks
+    for weight in (sparse, torch.randn(3, 5), torch.randn(7, 101), torch.randn(1000, 37), torch.randn(6400 + 63),
+                   torch.zeros(64, 64), torch.zeros(5, 7), torch.ones(1, 1)):
+        assert mismatches(weight.to(dtype)) == 0, weight.shape
+
+
+def test_extreme_magnitudes():
+    torch.manual_seed(0)
+    for exponent in range(-30, 31, 5):
+        assert mismatches(torch.randn(64, 512) * 10.0 ** exponent) == 0, exponent
+    assert mismatches(torch.randn(4096, 64) * 10 ** (60 * torch.rand(4096, 1) - 30)) == 0
+
+
+def test_real_weights(smollm2):
+    """All 210 projections of SmolLM2-135M: 1.06 * 10^8 weights."""
+    count = 0
+    with safe_open(smollm2 / "model.safetensors", "pt") as file:
+        for name in file.keys():
+            if name.endswith("_proj.weight"):
+                weight = file.get_tensor(name)
+                count += weight.numel()
+                assert mismatches(weight) == 0, name
+    assert count == 106168320
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_refused(bad):
+    weight = torch.randn(64, 64)
+    weight[3, 5] = bad
+    with pytest.raises(ValueError, match="model.layers.7.mlp.up_proj.weight holds NaN"):
+        quantize_nf4(weight, "model.layers.7.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(dtype, bias):
+    """Forward and input gradient equal those of the plain twin; nothing of the size of the weight is kept in between."""
+    torch.manual_seed(0)
+    layer, weight = NF4Linear(96, 160, bias=bias, dtype=dtype), torch.randn(160, 96, dtype=dtype)
+    layer.set(quantize_nf4(weight))
+    if bias:
+        layer.bias.data.normal_()
+    dense = dequantize_nf4(quantize_nf4(weight))
+    x = torch.randn(2, 7, 96, dtype=dtype, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    twin = F.linear(x, dense) + (layer.bias if bias else 0)
+    assert torch.equal(y, twin) and not any(t.is_floating_point() and t.numel() >= weight.numel() for t in kept)
+    g = torch.randn_like(y)
+    assert torch.allclose(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(twin, x, g)[0], atol=1e-5 if dtype == torch.float32 else 0.3)
+    with pytest.raises(ValueError, match="does not fit"):
+        layer.set(quantize_nf4(torch.randn(96, 160)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda():
+    torch.manual_seed(0)
+    for weight in (torch.randn(4096, 4096), torch.randn(4096, 1024).bfloat16(), 0.02 * torch.randn(512, 512).half()):
+        assert mismatches(weight.cuda()) == 0
