@@ -248,7 +248,7 @@ def replacing(path):
     """A binary file to write that takes the place of `path` in one step: a reader, or a kill, meets the old bytes or the new ones."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as f:
+        with open(partial, "wb", buffering=1 << 20) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -260,9 +260,13 @@ def replacing(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare
 
+quoted = json.encoder.encode_basestring_ascii                                   # a JSON string; twice as fast as json.dumps of the row
+LINE_BREAK = re.compile(r"\n\s*")
+
+
 def clean(abstract):
     """One line: every newline, with the white space after it, becomes one blank."""
-    return re.sub(r"\n\s*", " ", abstract).strip()
+    return LINE_BREAK.sub(" ", abstract).strip()
 
 
 def withdrawn(record):
@@ -278,35 +282,37 @@ def group_of(primary):
     return next((archive for archive in ("q-bio", "cs") if primary.startswith(archive + ".")), None)
 
 
-def read_lines(path, block=1 << 22):
-    """Yields (line number from 1, line as bytes without its newline) of a plain or .gz file, 4 MB at a time, with a progress bar.
+def read_blocks(path, size=1 << 20):
+    """Yields the bytes of a plain or .gz file in blocks of whole lines, about 1 MB each; shows progress and ETA.
 
     ValueError if the file is a zip archive, is cut off, or has no line break for 16 MB (a record has a few thousand bytes)."""
     with open(path, "rb") as raw:
-        magic = raw.read(4)
+        magic, rest = raw.read(4), b""
         raw.seek(0)
         if magic == b"PK\x03\x04":
             raise ValueError(f"{path} is a zip archive: unzip it and give the .json inside it")
         f = gzip.GzipFile(fileobj=raw) if magic[:2] == b"\x1f\x8b" else raw
-        number, rest, data = 0, b"", b"-"
         with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {Path(path).name}") as bar:
-            while data:
-                try:
-                    data = f.read(block)
-                except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-                    raise ValueError(f"{path} is cut off or damaged ({e}): download it again") from None
-                lines = (rest + data).split(b"\n")
-                rest = lines.pop() if data else b""                             # a line that the next block will end
-                if len(rest) > 1 << 24:
-                    raise ValueError(f"{path} has no line break within 16 MB: it does not hold one JSON record a line")
-                for number, line in enumerate(lines, number + 1):
-                    yield number, line
-                bar.update(raw.tell() - bar.n)
+            try:
+                while data := f.read(size):
+                    bar.update(raw.tell() - bar.n)
+                    cut = data.rfind(b"\n") + 1
+                    if cut:
+                        yield rest + data[:cut]
+                        rest = b""
+                    rest += data[cut:]
+                    if len(rest) > 1 << 24:
+                        raise ValueError(f"{path} has no line break within 16 MB: it does not hold one JSON record a line")
+            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+                raise ValueError(f"{path} is cut off or damaged ({e}): download it again") from None
+        if rest:
+            yield rest + b"\n"
 
 
 def read_records(path, categories, broken):
-    """Yields (group, record) for the records of a snapshot whose primary category is wanted and for the control papers; the
-    line numbers of broken lines are appended to `broken`. categories None: any JSONL with `id` and `abstract`, group "own".
+    """Yields (group, record) for the records of a snapshot whose primary category is wanted and for the control papers, their
+    abstracts cleaned; appends the line numbers of broken lines to `broken`. categories None: any JSONL with `id` and
+    `abstract`, group "own".
 
     Most lines of a snapshot are not wanted, and their bytes show it without parsing: the primary category follows the first
     "categories":" of the line. Inside a JSON string every quote has a backslash before it, so these bytes cannot be part of a
@@ -315,34 +321,41 @@ def read_records(path, categories, broken):
     Noticed as broken: any line that does not end in }, and, of the lines that are parsed (all wanted ones are), those that
     are no JSON object with the strings id, categories and abstract. A rejected line is not looked at further.
     ValueError if none of the first 100 lines is a record."""
-    key, rejected = b'"categories":"', {}
-    control = {paper.encode() for paper in CONTROL}
-    recognised = False
-    for number, line in read_lines(path):
-        at = line.find(key) + len(key) if categories else 0
-        if at >= len(key) and line.startswith(b'{"id":"') and line.endswith(b"}"):
-            primary = line[at:line.find(b'"', at)].partition(b" ")[0]
-            if primary not in rejected:                                         # a category not met before (there are some 170)
-                rejected[primary] = bool(re.fullmatch(rb"[A-Za-z.-]+", primary)) and group_of(primary.decode()) not in categories
-            if rejected[primary] and line[7:line.find(b'"', 7)] not in control:
-                recognised = True
+    key, rejected, control = b'"categories":"', {}, {paper.encode() for paper in CONTROL}
+    number, recognised = 0, False
+    for block in read_blocks(path):
+        end = -1
+        while end + 1 < len(block):
+            start, number = end + 1, number + 1
+            end = block.find(b"\n", start)
+            at = block.find(key, start, end) + len(key) if categories else 0
+            if at >= len(key) and block.startswith(b'{"id":"', start) and block[end - 1:end] == b"}":
+                primary = block[at:block.find(b'"', at)].partition(b" ")[0]
+                if primary not in rejected:                                     # a category not met before (there are some 170)
+                    plain = re.fullmatch(rb"[A-Za-z.-]+", primary)
+                    rejected[primary] = bool(plain) and group_of(primary.decode()) not in categories
+                if rejected[primary] and block[start + 7:block.find(b'"', start + 7)] not in control:
+                    recognised = True
+                    continue
+            try:
+                record = json.loads(block[start:end].decode())
+                group = "own" if categories is None else group_of(record["categories"].split()[0])
+                record["id"] = str(record["id"]) if group == "own" else record["id"].strip()
+                record["abstract"] = clean(record["abstract"])
+                record["abstract"].encode()                                     # half a surrogate pair is no text
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+                if block[start:end].strip():
+                    broken.append(number)
+                if not recognised and len(broken) == 100:
+                    break
                 continue
-        try:
-            record = json.loads(line)
-            if categories is None:
-                record["id"], group = str(record["id"]), "own"
-            else:
-                group = "control" if record["id"] in CONTROL else group_of(record["categories"].split()[0])
-            record["id"].encode(), clean(record["abstract"]).encode()           # no strings, or half a surrogate pair: an error
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            if line.strip():
-                broken.append(number)
-            if not recognised and len(broken) >= 100:
-                break
-            continue
-        recognised = True
-        if categories is None or group == "control" or group in categories:
-            yield group, record
+            recognised = True
+            if group != "own" and record["id"] in CONTROL:
+                yield "control", record
+            elif group == "own" or group in categories:
+                yield group, record
+        if not recognised and len(broken) == 100:
+            break
     if not recognised:
         fields = "id and abstract" if categories is None else "id, categories and abstract, as arXiv's metadata snapshot does"
         raise ValueError(f"{path} does not hold one JSON record a line with {fields}: none of its first lines is one")
@@ -397,14 +410,15 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
 
     def new_rows():
         for name, record in read_records(source, None if own else categories, broken):
-            kinds.add("synthetic" if record.get("submitter") == SYNTHETIC else "own" if own else "snapshot")
             if name != "control":
                 counts[name]["records"] += 1
                 if not own and withdrawn(record):
                     counts[name]["withdrawn"] += 1
                     continue
-            row = {"id": record["id"], "category": "own" if own else record["categories"].split()[0], "abstract": clean(record["abstract"])}
-            yield GROUPS.index(name), json.dumps(row, ensure_ascii=False).encode() + b"\n", len(row["abstract"])
+            kinds.add(record.get("submitter") == SYNTHETIC)
+            category = "own" if own else record["categories"].split()[0]
+            line = f'{{"id":{quoted(record["id"])},"category":{quoted(category)},"abstract":{quoted(record["abstract"])}}}\n'
+            yield GROUPS.index(name), line.encode(), len(record["abstract"])
 
     out.mkdir(parents=True, exist_ok=True)
     new, checksum = out / "abstracts-new", hashlib.sha256()
@@ -427,7 +441,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
 
     old = available(out) if (out / "manifest.json").exists() else {"sources": {}, "categories": {}}
     stays = {c: {k: v[k] for k in ("records", "withdrawn")} for c, v in old["categories"].items() if (c == "own") != own and c != "joint"}
-    entry = {"file": source.name, "bytes": source.stat().st_size, "kind": " and ".join(sorted(kinds)),
+    entry = {"file": source.name, "bytes": source.stat().st_size, "kind": "synthetic" if True in kinds else "own records" if own else "snapshot",
              "broken_lines": {"count": len(broken), "first": broken[:10]}}
     manifest = {"sources": {**{k: v for k, v in old["sources"].items() if (k == "own") != own}, "own" if own else "snapshot": entry},
                 **count_sets(arrays["group"], arrays["characters"], {**stays, **counts}),
