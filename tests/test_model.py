@@ -1,0 +1,401 @@
+"""model.py against transformers, in float32; checkpoints and the hub."""
+import copy
+import dataclasses
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import model as nano
+from conftest import ROOT
+from model import ChunkedNLL, KVCache, generate, load_config, load_pretrained, load_tokenizer, read_config, save_pretrained, token_nll
+from quant import NF4Linear, dequantize_nf4
+
+LLAMA = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+             head_dim=16, tie_word_embeddings=False, max_position_embeddings=512, initializer_range=0.1,
+             rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                              "original_max_position_embeddings": 32})                    # used at 100 tokens: beyond its original context
+QWEN = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.1)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "smollm2"])
+def pair(request, tmp_path_factory):
+    """(transformers' model, our model, directory) in float32."""
+    torch.manual_seed(0)
+    if request.param == "smollm2":
+        directory = request.getfixturevalue("smollm2")
+    else:
+        directory = tmp_path_factory.mktemp(request.param)
+        theirs = LlamaForCausalLM(LlamaConfig(**LLAMA)) if request.param == "llama" else Qwen2ForCausalLM(Qwen2Config(**QWEN))
+        for name, p in theirs.named_parameters():
+            if name.endswith("bias"):
+                p.data.normal_(0, 0.5)                                                    # they start as zero, which would test nothing
+        theirs.save_pretrained(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return theirs, load_pretrained(str(directory), dtype=torch.float32), directory
+
+
+def tokens(model, *shape):
+    return torch.randint(3, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def close(a, b, tolerance=1e-4):
+    difference = (a - b).abs().max().item()
+    assert a.shape == b.shape and difference < tolerance, difference
+
+
+@torch.no_grad()
+def test_logits(pair):
+    theirs, ours, _ = pair
+    ids = tokens(ours, 2, 100)
+    close(ours(ids), theirs(ids).logits)
+    close(ours.lm_head(ours.model(embeds=ours.model.embed_tokens(ids))), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_positions(pair):
+    theirs, ours, _ = pair
+    ids, positions = tokens(ours, 2, 30), torch.stack([torch.arange(30) + 7, torch.arange(30) * 3])
+    close(ours(ids, positions=positions), theirs(ids, position_ids=positions).logits)
+    close(ours(ids[:1], positions=positions[0]), theirs(ids[:1], position_ids=positions[:1]).logits)
+
+
+@torch.no_grad()
+def test_right_padding(pair):
+    theirs, ours, _ = pair
+    ids, mask = tokens(ours, 3, 40), torch.arange(40) < torch.tensor([[40], [25], [3]])
+    close(ours(ids)[mask], theirs(ids, attention_mask=mask.long()).logits[mask])
+
+
+@torch.no_grad()
+def test_sequences_end_to_end(pair):
+    theirs, ours, _ = pair
+    ids, lengths = tokens(ours, 1, 90), [40, 1, 37, 12]
+    close(ours(ids, lengths=torch.tensor(lengths))[0], torch.cat([theirs(part[None]).logits[0] for part in ids[0].split(lengths)]))
+    for wrong in (dict(lengths=[40, 40]), dict(lengths=[90], cache=KVCache(ours.config, 1, 90, torch.float32, "cpu"))):
+        with pytest.raises(ValueError, match="lengths need one row"):
+            ours(ids, **wrong)
+
+
+@torch.no_grad()
+def test_bidirectional(pair):
+    theirs, ours, _ = pair
+    ids = tokens(ours, 1, 30)
+    everywhere = torch.zeros(1, 1, 30, 30)                                                # an additive mask that hides nothing
+    close(ours(ids, causal=False), theirs(ids, attention_mask=everywhere).logits)
+    both = ours(torch.cat([ids, ids[:, :11]], dim=1), lengths=[30, 11], causal=False)
+    close(both[:, 30:], ours(ids[:, :11], causal=False), 1e-3)                            # matrix products of other sizes round otherwise
+
+
+@torch.no_grad()
+def test_cache(pair):
+    theirs, ours, _ = pair
+    ids = tokens(ours, 2, 50)
+    cache = KVCache(ours.config, 2, 50, torch.float32, "cpu")
+    steps = [ours(part, cache=cache) for part in ids.split([20, 1, 1, 28], dim=1)]
+    close(torch.cat(steps, dim=1), theirs(ids).logits)
+    with pytest.raises(ValueError, match="50 slots and would need 51"):
+        ours(ids[:, :1], cache=cache)
+
+
+@torch.no_grad()
+def test_cache_of_unequal_rows(pair):
+    _, ours, _ = pair
+    ids, lengths = tokens(ours, 2, 30), torch.tensor([12, 20])
+    cache = KVCache(ours.config, 2, 30, torch.float32, "cpu")
+    ours(ids[:, :20], cache=cache)
+    cache.lengths = lengths
+    for row, n in enumerate(lengths.tolist()):
+        step = ours(ids[:, 25:26], cache=KVCacheCopy(cache))
+        close(step[row, 0], ours(torch.cat([ids[row, :n], ids[row, 25:26]])[None])[0, -1])
+
+
+def KVCacheCopy(cache):
+    copy = object.__new__(KVCache)
+    copy.__dict__.update({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(cache).items()})
+    return copy
+
+
+def test_greedy_generation(pair):
+    theirs, ours, _ = pair
+    prompts = [tokens(ours, 9).tolist(), tokens(ours, 4).tolist(), tokens(ours, 1).tolist()]
+    new = generate(ours, prompts, max_new_tokens=20, temperature=0)
+    for prompt, mine in zip(prompts, new):
+        ids = torch.tensor([prompt])
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert mine == expected[0, len(prompt):].tolist()
+    eos = new[0][5]
+    stopped = generate(ours, prompts, max_new_tokens=20, temperature=0, eos=eos)
+    assert stopped == [row[:row.index(eos)] if eos in row else row for row in new] and len(stopped[0]) <= 5
+
+
+def test_sampling(pair):
+    _, ours, _ = pair
+    n = 2000 if ours.config.vocab_size < 1000 else 200
+    prompts = [tokens(ours, 9).tolist()] * n
+    first, same, other = (generate(ours, prompts, max_new_tokens=1, temperature=0.7, top_k=5, seed=seed) for seed in (1, 1, 2))
+    assert first == same != other
+    top, index = ours(torch.tensor(prompts[:1]))[0, -1].topk(5)
+    counts = torch.tensor([first.count([i]) for i in index.tolist()]) / n
+    assert abs(counts.sum() - 1) < 1e-6 and (counts - F.softmax(top / 0.7, -1)).abs().max() < 2.5 / n ** 0.5      # five sigma
+    with pytest.raises(ValueError, match="without any token"):
+        generate(ours, [[]])
+
+
+def test_token_nll(pair):
+    """Value and gradient against the plain computation; both ways of token_nll (head frozen, head trained)."""
+    _, ours, _ = pair
+    ids, lengths = tokens(ours, 700), [300, 1, 250, 149]
+    expected = torch.cat([F.cross_entropy(ours(part[None])[0, :-1], part[1:], reduction="none") for part in ids.split(lengths)])
+    close(token_nll(ours, ids, lengths), expected)
+    ours.lm_head.weight.requires_grad_(True)
+    close(token_nll(ours, ids, lengths), expected)
+    ours.lm_head.weight.requires_grad_(False)
+    x, W = torch.randn(600, 32, requires_grad=True), torch.randn(50, 32)
+    target, weight = torch.randint(0, 50, (600,)), torch.rand(600)
+    plain = torch.autograd.grad((F.cross_entropy(x @ W.T, target, reduction="none") * weight).sum(), x)[0]
+    close(torch.autograd.grad((ChunkedNLL.apply(x, W, target) * weight).sum(), x)[0], plain)
+
+
+def test_attention_dropout(pair):
+    _, _, directory = pair
+    model = load_pretrained(str(directory), dtype=torch.float32, attention_dropout=0.3)
+    ids = tokens(model, 1, 20)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+
+def test_config_of_both_styles():
+    new = LlamaConfig(**LLAMA).to_dict()
+    old = {k: v for k, v in new.items() if k not in ("rope_parameters", "head_dim")} | {
+        "rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA["rope_parameters"].items() if k != "rope_theta"}}
+    a, b = read_config(new), read_config(old | {"hidden_size": 128})
+    assert a.rope_theta == b.rope_theta == 500.0 and a.rope_scaling == b.rope_scaling and a.rope_scaling["factor"] == 8.0
+    assert a.head_dim == 16 and b.head_dim == 16                                          # given; implied by 128 / 8
+    assert read_config(Qwen2Config(**QWEN).to_dict()).rope_scaling is None
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model_type": "mistral"}, "model_type 'mistral'"), ({"use_sliding_window": True}, "sliding-window"), ({"num_local_experts": 8}, "mixture of experts"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"attention_bias": True}, "attention_bias"), ({"quantization_config": {"quant_method": "gptq"}}, "gptq"), ({"num_key_value_heads": 3}, "no multiple")])
+def test_what_is_not_computed_is_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        read_config(LlamaConfig(**LLAMA).to_dict() | change)
+
+
+def test_published_shapes():
+    for name, count in (("llama-3.1-8b", 8030261248), ("qwen2.5-0.5b", 494032768), ("smollm2-135m", 134515008)):
+        with torch.device("meta"):
+            model = nano.CausalLM(nano.SHAPES[name])
+        assert sum(p.numel() for p in model.parameters()) == count
+    with pytest.raises(ValueError, match="shape without weights"):
+        load_pretrained("llama-3.1-8b")
+
+
+def test_smollm2_is_the_published_shape(smollm2):
+    published = nano.SHAPES["smollm2-135m"]
+    config = load_config(str(smollm2))
+    assert config == dataclasses.replace(published, rms_norm_eps=config.rms_norm_eps) and abs(config.rms_norm_eps - 1e-5) < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("shard_bytes", [10 ** 9, 100_000])
+def test_save_pretrained(pair, tmp_path, shard_bytes):
+    theirs, ours, directory = pair
+    if shard_bytes < 10 ** 6 and ours.config.vocab_size > 1000:
+        shard_bytes = 100_000_000
+    save_pretrained(ours, tmp_path / "saved", shard_bytes)
+    shards = list((tmp_path / "saved").glob("*.safetensors"))
+    assert (len(shards) > 1) == (shard_bytes < 10 ** 9) and all(s.stat().st_size < shard_bytes * 1.2 for s in shards)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = tokens(ours, 1, 60)
+    with torch.no_grad():
+        close(again(ids).logits, theirs(ids).logits)
+        assert torch.equal(load_pretrained(str(tmp_path / "saved"), dtype=torch.float32)(ids), ours(ids))
+    with pytest.raises(ValueError, match="exists already"):
+        save_pretrained(ours, tmp_path / "saved")
+
+
+def test_nf4_loading(pair):
+    """quantize="nf4" gives the layers that quantising the loaded weights gives; embedding, norms and head stay."""
+    _, ours, directory = pair
+    model = load_pretrained(str(directory), quantize="nf4", dtype=torch.float32)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    assert len(layers) == 7 * model.config.num_hidden_layers and not isinstance(model.lm_head, NF4Linear)
+    dense = load_pretrained(str(directory), dtype=torch.float32)
+    for name, layer in layers.items():
+        dense.get_submodule(name).weight.data = dequantize_nf4(layer.quantized(), torch.float32)
+    ids = tokens(ours, 1, 20)
+    with torch.no_grad():
+        close(model(ids), dense(ids))
+        assert (model(ids) - ours(ids)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="load the base in 16 bit"):
+        save_pretrained(model, "never-written")
+
+
+def test_bitsandbytes_checkpoint(pair, tmp_path):
+    """A checkpoint that bitsandbytes serialised in NF4 loads into the very same 4-bit weights."""
+    theirs, _, _ = pair
+    directory = tmp_path / "bfloat16"
+    LlamaForCausalLM.save_pretrained(copy.deepcopy(theirs).bfloat16(), directory)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cpu", quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16))
+    theirs.save_pretrained(tmp_path / "nf4")
+    ours, fresh = load_pretrained(str(tmp_path / "nf4")), load_pretrained(str(directory), quantize="nf4")
+    for (name, a), (_, b) in zip(ours.named_modules(), fresh.named_modules()):
+        if isinstance(b, NF4Linear):
+            assert isinstance(a, NF4Linear) and all(torch.equal(x, y) for x, y in zip(a.buffers(), b.buffers())), name
+    ids = tokens(ours, 1, 20)
+    assert torch.equal(ours(ids), fresh(ids))
+    tensors = load_file(tmp_path / "nf4" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name + ".nested_absmax"}, tmp_path / "nf4" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name}.*missing: nested_absmax"):
+        load_pretrained(str(tmp_path / "nf4"))
+
+
+def test_first_blocks_and_random_blocks(pair):
+    _, ours, directory = pair
+    short = load_pretrained(str(directory), dtype=torch.float32, blocks=2)
+    assert len(short.model.layers) == 2 and torch.equal(short.model.layers[1].mlp.up_proj.weight, ours.model.layers[1].mlp.up_proj.weight)
+    deep = load_pretrained(str(directory), dtype=torch.float32, blocks=40, random_init=True)
+    weight = deep.model.layers[39].mlp.up_proj.weight
+    assert len(deep.model.layers) == 40 and abs(weight.std() - 0.02) < 0.001 and torch.equal(deep.model.norm.weight, torch.ones_like(deep.model.norm.weight))
+    with pytest.raises(ValueError, match="99 blocks asked for"):
+        load_pretrained(str(directory), blocks=99)
+
+
+def checkpoint(directory, change=lambda tensors: tensors, config={}):
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(**LLAMA | config))
+    theirs.save_pretrained(directory)
+    save_file(change({k: v.contiguous() for k, v in theirs.state_dict().items()}), directory / "model.safetensors")
+    return str(directory)
+
+
+def test_all_wrong_tensors_in_one_error(tmp_path):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        return tensors | {"model.layers.1.self_attn.k_proj.weight": torch.zeros(5, 64), "model.layers.0.mlp.extra.weight": torch.zeros(2)}
+    with pytest.raises(ValueError) as error:
+        load_pretrained(checkpoint(tmp_path, change))
+    for part in ("model.norm.weight is missing", "k_proj.weight is [5, 64] instead of [32, 64]", "model.layers.0.mlp.extra.weight is not part"):
+        assert part in str(error.value)
+
+
+def test_nan_is_named(tmp_path):
+    def change(tensors):
+        tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = float("nan")
+        return tensors
+    with pytest.raises(ValueError, match="model.layers.2.mlp.down_proj.weight holds NaN"):
+        load_pretrained(checkpoint(tmp_path, change), quantize="nf4")
+
+
+def test_damaged_checkpoints(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_pretrained(str(tmp_path))
+    path.unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        load_pretrained(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/secret.safetensors"}}))
+    with pytest.raises(ValueError, match="points outside the directory"):
+        load_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        load_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="neither a directory nor a hub id"):
+        load_pretrained("./nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The parts of the hub's HTTP interface that a download uses. good/model is public, gated/model wants a licence, others are unknown."""
+    protocol_version = "HTTP/1.1"
+    directory, requests = None, []
+
+    def do_HEAD(self):
+        self.requests.append(self.path)
+        if not self.path.startswith(("/api/models/good/model", "/good/model", "/api/models/gated/model", "/gated/model")):
+            return self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        if self.path.startswith("/api"):
+            names = os.listdir(self.directory) + ["pytorch_model.bin", "original/consolidated.safetensors"]
+            answer = {"id": "good/model", "sha": COMMIT, "siblings": [{"rfilename": f} for f in names]}
+            if "/tree/" in self.path:
+                answer = [{"type": "file", "path": f, "size": 1, "oid": f"{i:040x}"} for i, f in enumerate(names)]
+            return self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        if self.path.startswith("/gated"):
+            return self.reply(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted"})
+        name = self.path.rpartition("/")[2]
+        with open(os.path.join(self.directory, name), "rb") as file:
+            self.reply(200, file.read(), {"ETag": f'"{name}-1"', "X-Repo-Commit": COMMIT})
+
+    do_GET = do_HEAD
+
+    def reply(self, status, body, headers):
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    checkpoint(tmp_path / "served")
+    Hub.directory, Hub.requests = str(tmp_path / "served"), []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def load(source, endpoint=f"http://127.0.0.1:{server.server_address[1]}"):
+        """Loads in a fresh process (the hub library reads its settings once) -> (exit status, last line printed)."""
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport model\ntry: print('loaded', len(list(model.load_pretrained({source!r}).parameters())))\n" \
+               "except ValueError as e: print('error:', e)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {
+            "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "2"})
+        return (run.stdout.strip().splitlines() or [run.stderr])[-1]
+    yield load
+    server.shutdown()
+
+
+def test_download(hub):
+    assert hub("good/model") == "loaded 30"
+    assert not any(".bin" in path or "original" in path for path in Hub.requests)
+    assert hub("good/model", "http://127.0.0.1:9") == "loaded 30"                         # now without a network: from the cache
+
+
+def test_hub_refusals(hub):
+    assert "needs its licence accepted" in hub("gated/model") and "hf auth login" in hub("gated/model")
+    assert "does not know nobody/nothing" in hub("nobody/nothing")
+    assert "cannot be reached" in hub("good/other", "http://127.0.0.1:9")
+
+
+def test_tokenizer_missing(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        load_tokenizer(str(tmp_path))
