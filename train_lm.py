@@ -1,0 +1,471 @@
+"""Fine-tune a Llama on arXiv abstracts: LoRA (arXiv:2106.09685) on a 4-bit base (arXiv:2305.14314), the recipe of FeynTune (arXiv:2508.03716).
+
+    python train_lm.py --demo                                             # the whole path in three minutes, nothing to download
+    python train_lm.py --subset s1 --base path/to/model --batch-size 8    # one process: a GPU, or a laptop with a small model
+    torchrun --nproc_per_node=3 train_lm.py --subset s3                   # the paper's run: Llama-3.1-8B on three GPUs
+    torchrun --nproc_per_node=3 train_lm.py --subset s3 --resume          # go on where it was stopped, killed or pre-empted
+    python train_lm.py --dry-run --base llama-3.1-8b                      # sizes and memory, without weights or data
+
+- a step is --batch-size abstracts over all processes, laid end to end without padding; its loss is the mean over all their tokens
+- every batch and every random draw is a function of (seed, step, rank): a resumed run is the undisturbed run, bit for bit on a CPU
+- float32 adapters, AdamW, linear warm-up then cosine; the validation loss ten times a run, on the run's own set and on hep-th (s1)
+- out/SUBSET-LORA/ gets config.json, metrics.jsonl, checkpoint-*/ and, at the end, adapter/ in peft's format: evaluate with eval.py
+"""
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import data_arxiv
+from lora import adapted, inject, save_adapter
+from model import SHAPES, CausalLM, Config, bos_eos, generate, init_weights, linear_factory, load_config, load_pretrained, load_tokenizer, \
+    save_pretrained, token_nll
+
+# ================================================================================================== run machinery
+# Shared by train_lm.py and train_l3m.py: processes, the run directory, checkpoints, signals, metrics.
+
+
+def start_processes(device="auto"):
+    """Join torchrun's other processes, if there are any -> (rank, number of processes, torch.device)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))    # rank 0 may download long
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def sum_over_processes(tensor):
+    """In place; also returned."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def resolve_dtype(name, device):
+    """--dtype -> torch.dtype; auto is bfloat16 where the device multiplies in it, else float32."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process so far, 10^9 bytes: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class StopSignal:
+    """SIGTERM (pre-emption, scancel) and Ctrl-C set `.requested`; the training loop then saves and leaves. A second Ctrl-C kills."""
+
+    def __init__(self):
+        self.requested = False
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.request)
+
+    def request(self, *_):
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def sync(path):
+    """Force a file or directory to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def open_run(out, settings, resume):
+    """Make or re-open the run directory (in the first process only) -> its newest complete checkpoint, or None.
+
+    settings: what must not change over the life of a run; kept in config.json.
+    Raises ValueError if the directory holds a run and `resume` is off, or if the settings differ from those it was started with."""
+    out, config = Path(out), Path(out) / "config.json"
+    if config.exists():
+        if not resume:
+            raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+        old = json.loads(config.read_text())["settings"]
+        changed = [f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in sorted(old | settings) if old.get(k) != settings.get(k)]
+        if changed:
+            raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}. Resume with the old ones, or choose another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        config.with_suffix(".tmp").write_text(json.dumps({"settings": settings}, indent=1))
+        sync(config.with_suffix(".tmp"))
+        os.replace(config.with_suffix(".tmp"), config)
+    for leftover in out.glob("tmp-checkpoint-*"):
+        shutil.rmtree(leftover)
+    return max(out.glob("checkpoint-*"), default=None)
+
+
+def save_checkpoint(out, step, tensors, state, best=None):
+    """Write out/checkpoint-STEP whole or not at all: a temporary name, fsync, rename. The last two and checkpoint-BEST are kept."""
+    temporary, final = Path(out) / f"tmp-checkpoint-{step:07d}", Path(out) / f"checkpoint-{step:07d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        for path in (temporary / "state.safetensors", temporary / "state.json", temporary):
+            sync(path)
+    except Exception as e:                                    # safetensors reports a full disk as an error of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint {step} could not be written to {out} ({e}); free some space, then --resume: the earlier ones are whole") from None
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    sync(out)
+    for old in sorted(Path(out).glob("checkpoint-*"))[:-2]:
+        if best is None or old.name != f"checkpoint-{best:07d}":
+            shutil.rmtree(old)
+
+
+def optimizer_tensors(named, optimizer):
+    """The trained tensors and AdamW's state, by name, for a checkpoint."""
+    tensors = dict(named)
+    for name, p in named.items():
+        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore(checkpoint, named, optimizer):
+    """Load a checkpoint into the trained tensors and the optimiser -> the JSON state."""
+    tensors = load_file(checkpoint / "state.safetensors")
+    for name, p in named.items():
+        p.copy_(tensors[name])
+        optimizer.state[p] = {k.rpartition("/")[2]: v.to(p.device if v.dim() else "cpu") for k, v in tensors.items() if k.startswith(name + "/")}
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def open_metrics(out, step):
+    """out/metrics.jsonl, cut back to what was logged up to `step`, open for appending."""
+    path = Path(out) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    path.with_suffix(".tmp").write_text("".join(kept))
+    os.replace(path.with_suffix(".tmp"), path)
+    return open(path, "a", buffering=1)
+
+
+def fail(error):
+    """One line on stderr, exit status 2."""
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
+    os._exit(2) if dist.is_initialized() else sys.exit(2)     # _exit: the others may be waiting for us, torchrun ends them
+
+
+# ====================================================================================================== settings
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description="Fine-tune a Llama with LoRA on arXiv abstracts (arXiv:2508.03716). The defaults are the paper's.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--base", default="meta-llama/Llama-3.1-8B", help=f"model directory or hub id; with --dry-run also {', '.join(SHAPES)}")
+    p.add_argument("--data", default="data/arxiv", help="directory that data_arxiv.py prepare wrote")
+    p.add_argument("--subset", default="s3", help="s1..s10, own, a category, or a recipe such as hep-th:0.7+gr-qc:0.15")
+    p.add_argument("--lora", default="all", help="adapted matrices: qkv, all, or names such as q_proj,v_proj")
+    p.add_argument("--rank", type=int, default=8, help="r of LoRA")
+    p.add_argument("--alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
+    p.add_argument("--dropout", type=float, default=0.05, help="on the adapter's input")
+    p.add_argument("--quantize", choices=["nf4", "none"], default="nf4", help="the frozen base in 4 bits or in 16")
+    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16 where it is fast")
+    p.add_argument("--batch-size", type=int, default=48, help="abstracts a step, over all processes")
+    p.add_argument("--micro-batch", type=int, default=16, help="abstracts in one forward pass; lower it if memory runs out, the result is the same")
+    p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--max-steps", type=int, help="stop (and end the learning-rate schedule) after so many steps")
+    p.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
+    p.add_argument("--min-lr", type=float, default=3e-6, help="learning rate of the last step")
+    p.add_argument("--warmup", type=float, default=0.1, help="fraction of the steps with a rising learning rate")
+    p.add_argument("--eval-samples", type=int, default=512, help="abstracts of a validation; 0: all")
+    p.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints (there is one at each validation, too)")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    p.add_argument("--deterministic", action="store_true", help="bit-exact repetition on CUDA, too; slower")
+    p.add_argument("--out", help="run directory; default out/SUBSET-LORA")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out (or start it, if there is none)")
+    p.add_argument("--dry-run", action="store_true", help="print sizes, memory, steps and tokens as JSON and stop: no weights needed")
+    p.add_argument("--demo", action="store_true", help="the whole path on made-up abstracts and a small model trained on the spot; about two minutes")
+    args = p.parse_args(argv)
+    args.lora = args.lora if args.lora in ("qkv", "all") else args.lora.split(",")
+    args.out = args.out or "out/" + ("demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{args.lora if isinstance(args.lora, str) else '+'.join(args.lora)}"))
+    for name in ("rank", "batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def learning_rate(step, steps, args):
+    """Of 0-based `step`: up linearly over the first ceil(warmup * steps), then down a cosine to --min-lr at the last step."""
+    warmup = math.ceil(args.warmup * steps)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def count_steps(rows, args):
+    return min(args.epochs * math.ceil(rows / args.batch_size), args.max_steps or sys.maxsize)
+
+
+def dry_run(args):
+    """Parameters, memory, steps and tokens of a run, from shapes alone. The memory is an estimate for one process."""
+    config, quantize = load_config(args.base), args.quantize == "nf4"
+    with torch.device("meta"):
+        model = CausalLM(config)
+        total = sum(p.numel() for p in model.parameters())
+        trainable = inject(model, args.lora, args.rank, args.alpha, args.dropout)
+    projections = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
+    weights = projections * (0.516 if quantize else 2) + (total - projections) * 2    # 4.127 bits a weight, the rest in 16 bit
+    tokens_kept = args.micro_batch * 250                                              # a generous abstract
+    layer = tokens_kept * 2 * (16 * config.hidden_size + 7 * config.intermediate_size)    # kept for the backward pass, 16 bit
+    memory = weights + trainable * 16 + config.num_hidden_layers * layer + 256 * config.vocab_size * 8
+    steps = tokens = None
+    if (Path(args.data) / "manifest.json").exists():
+        manifest = data_arxiv.available(args.data)
+        rows = manifest["sets"].get(args.subset, {}).get("train")
+        if rows:
+            steps = count_steps(rows, args)
+            seen = steps * args.batch_size / rows if args.max_steps else args.epochs
+            tokens = round(seen * (manifest["characters"][args.subset]["train"] / 3.8 + rows))    # 3.8 characters a token, and EOS
+    print(json.dumps({"config": {**vars(args), "model": vars(config)}, "trainable_parameters": trainable,
+                      "total_parameters": total + trainable, "memory_gb": round(memory / 1e9, 2), "steps": steps, "tokens": tokens}, indent=1))
+
+
+# ====================================================================================================== training
+
+
+@torch.no_grad()
+def validation_loss(model, sequences, args, rank, world, device):
+    """Mean negative log-likelihood a token, nats, over `sequences` (lists of ids), shared out over the processes."""
+    model.eval()
+    total = torch.zeros(2, device=device, dtype=torch.float32)
+    mine = sequences[rank::world]
+    for i in range(0, len(mine), args.micro_batch):
+        ids, lengths = data_arxiv.collate(mine[i:i + args.micro_batch])
+        nll = token_nll(model, ids.to(device), lengths)
+        total += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=device)])
+    model.train()
+    nll, tokens = sum_over_processes(total).tolist()
+    return nll / tokens
+
+
+def train(args):
+    rank, world, device = start_processes(args.device)
+    main, stop = rank == 0, StopSignal()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    dtype = resolve_dtype(args.dtype, device)
+
+    # Data: texts are encoded when they are drawn; a batch takes milliseconds.
+    ids, texts = data_arxiv.load(args.data, args.subset, "train")
+    manifest = data_arxiv.available(args.data)
+    base = os.path.abspath(args.base) if os.path.isdir(args.base) else args.base
+    tokenizer = load_tokenizer(base)
+    bos, eos = bos_eos(load_config(base), tokenizer)
+    steps = count_steps(len(texts), args)
+    validation = {}
+    for name, key in ((args.subset, "validation_loss"), ("s1", "validation_loss_s1")):
+        if key == "validation_loss" or name != args.subset and name in manifest["sets"]:
+            held_out = data_arxiv.load(args.data, name, "validation")[1]
+            order = np.random.default_rng(args.seed).permutation(len(held_out))[:args.eval_samples or None]
+            validation[key] = [data_arxiv.encode(tokenizer, held_out[i], bos, eos) for i in order]
+    validate_at = {round(i * steps / 9) for i in range(10)}
+
+    # The run directory, before the minutes of loading: a wrong flag should show at once.
+    free = {"resume", "dry_run", "demo", "out", "device", "checkpoint_every", "micro_batch"}             # may change between resumptions
+    settings = {k: v for k, v in vars(args).items() if k not in free} | {
+        "base": base, "data": os.path.abspath(args.data), "dtype": str(dtype).removeprefix("torch."), "data_checksums": sorted(manifest["checksums"])}
+    if main:
+        print(json.dumps(settings | {"processes": world, "device": str(device), "steps": steps, "abstracts": len(texts)}, indent=1), flush=True)
+    checkpoint = [open_run(args.out, settings, args.resume) if main else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(checkpoint)
+    checkpoint, = checkpoint
+
+    model = load_pretrained(base, quantize=None if args.quantize == "none" else "nf4", dtype=dtype, device=device)
+    trainable = inject(model, args.lora, args.rank, args.alpha, args.dropout, args.seed)
+    model.train()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    step, best = 0, None
+    if checkpoint:
+        state = restore(checkpoint, named, optimizer)
+        step, best = state["step"], state["best"]
+    if main:
+        print(f"{trainable:,} trainable parameters; {'resumed after' if checkpoint else 'starting at'} step {step} of {steps}", flush=True)
+        metrics = open_metrics(args.out, step)
+
+    # One flat buffer holds all gradients and, behind them, the three sums that go round with them: one all_reduce a step.
+    flat = torch.zeros(trainable + 3, device=device)
+    for p, gradient in zip(named.values(), flat[:-3].split([p.numel() for p in named.values()])):
+        p.grad = gradient.view_as(p)
+
+    def checkpoint_now():
+        if main:
+            save_checkpoint(args.out, step, optimizer_tensors(named, optimizer), {"step": step, "best": best, "settings": settings}, best and best["step"])
+
+    def validate_now():
+        nonlocal best
+        losses = {key: validation_loss(model, sequences, args, rank, world, device) for key, sequences in validation.items()}
+        if best is None or losses["validation_loss"] < best["validation_loss"]:
+            best = {"step": step, **losses}
+        if main:
+            bar.write(f"step {step:6d}  " + "  ".join(f"{key} {loss:.4f}" for key, loss in losses.items()))
+            metrics.write(json.dumps({"step": step, **losses}) + "\n")
+
+    bar = tqdm(total=steps, initial=step, disable=not main, desc=args.subset, unit="step", dynamic_ncols=True)
+    if checkpoint is None:
+        validate_now()
+        checkpoint_now()
+    while step < steps:
+        began = time.perf_counter()
+        rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))     # for dropout
+        flat.zero_()
+        mine = rows[rank::world]
+        for i in range(0, len(mine), args.micro_batch):
+            batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in mine[i:i + args.micro_batch]])
+            nll = token_nll(model, batch.to(device), lengths)
+            nll.sum().backward()                              # adds to p.grad, that is to `flat`
+            flat[-3] += nll.detach().sum()
+            flat[-2] += len(nll)
+        flat[-1] = float(stop.requested)
+        sum_over_processes(flat)
+        total, tokens, stopping = flat[-3:].tolist()
+        loss, gradient = total / tokens, flat[:-3].div_(tokens)
+        norm = gradient.norm().item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(f"the loss of step {step + 1} is {loss}, its gradient norm {norm}: stopped before the update. Its abstracts: "
+                             f"{', '.join(ids[r] for r in rows)}. Look at them, or lower --lr; the last checkpoint is whole")
+        gradient.mul_(min(1.0, 1.0 / (norm + 1e-6)))          # clip at 1
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args)
+        optimizer.step()
+        step += 1
+        if main:
+            epoch = step / math.ceil(len(texts) / args.batch_size)
+            record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": group["lr"], "grad_norm": norm,
+                      "tokens_per_s": round(tokens / (time.perf_counter() - began), 1), "memory_gb": round(peak_memory_gb(device), 3)}
+            metrics.write(json.dumps(record) + "\n")
+            bar.update()
+            bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
+        if step in validate_at:
+            validate_now()
+        if step in validate_at or step % args.checkpoint_every == 0 or stopping:
+            checkpoint_now()
+        if stopping and step < steps:
+            bar.close()
+            if main:
+                print(f"stopped after step {step} of {steps}; go on with --resume", flush=True)
+            return
+    bar.close()
+    if main:
+        save_adapter(model, Path(args.out) / "adapter", base)
+        print(f"{args.out}/adapter is the adapter after step {steps}; lowest validation loss {best['validation_loss']:.4f} at step {best['step']}\n"
+              f"evaluate: python eval.py perplexity {args.out}", flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ========================================================================================================== demo
+
+
+def demo(args):
+    """The whole path on made-up abstracts: snapshot, training sets, tokenizer, a small base model, NF4, LoRA, perplexity, a completion."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    out = Path(args.out)
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    print("1. A made-up snapshot (synthetic: the words mean nothing), prepared into training sets", flush=True)
+    data_arxiv.synthesize(out / "snapshot.jsonl", records=6000, seed=0)
+    data_arxiv.prepare(out / "snapshot.jsonl", out / "data")
+
+    print("2. A tokenizer and a small base model, trained for a minute on every category, with little hep-th among them", flush=True)
+    texts = data_arxiv.load(out / "data", "hep-th:0.1+hep-ph+gr-qc+q-bio+cs", "train")[1]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=["<s>", "</s>"], show_progress=False,
+                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    config = Config("llama", tokenizer.get_vocab_size(), 192, 512, 4, 6, 2, 32, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    base = CausalLM(config)
+    init_weights(base)
+    optimizer, seconds, began, losses = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95)), 50, time.time(), []
+    bar = tqdm(total=seconds, desc="base", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
+    while time.time() - began < seconds:
+        rows = data_arxiv.batch_rows(len(texts), 8, 0, len(losses))
+        batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], 0, 1) for r in rows])
+        loss = token_nll(base, batch, lengths).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        bar.n = min(time.time() - began, seconds)
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    bar.close()
+    save_pretrained(base, out / "base")
+    tokenizer.save(str(out / "base" / "tokenizer.json"))
+
+    print("3. The base again, in NF4, fine-tuned with LoRA on hep-th (set s1)", flush=True)
+    here = Path(__file__).resolve().parent
+    subprocess.run([sys.executable, here / "train_lm.py", "--base", out / "base", "--data", out / "data", "--subset", "s1", "--lora", "all",
+                    "--batch-size", "16", "--max-steps", "80", "--lr", "2e-3", "--eval-samples", "64", "--out", out / "s1-all"], check=True)
+
+    print("4. Perplexity of the hep-th test split, before and after", flush=True)
+    subprocess.run([sys.executable, here / "eval.py", "perplexity", out / "s1-all"], check=True)
+
+    print("5. A completion by the fine-tuned model", flush=True)
+    from lora import load_adapter, merge
+    model = load_pretrained(str(out / "base"), dtype=torch.float32)
+    load_adapter(model, out / "s1-all" / "adapter")
+    merge(model)
+    truth = data_arxiv.load(out / "data", "s1", "test")[1][0].split()
+    prompt = " ".join(truth[:20])
+    completion = generate(model, [data_arxiv.encode(tokenizer, prompt, 0, None)], max_new_tokens=80, eos=1)[0]
+    print(f"PROMPT:     {prompt}\nCOMPLETION: {tokenizer.decode(completion)}\n\nEverything is in {out}. Next: real abstracts and a real model, see README.md")
+
+
+def main(argv=None):
+    args = arguments(argv)
+    try:
+        dry_run(args) if args.dry_run else demo(args) if args.demo else train(args)
+    except subprocess.CalledProcessError as e:
+        fail(f"a part of the demo failed, see above ({Path(e.cmd[1]).name})")
+    except torch.OutOfMemoryError:
+        fail(f"out of memory: lower --micro-batch (now {args.micro_batch}); the result stays the same")
+    except (ValueError, OSError) as e:
+        fail(e)
+    except RuntimeError as e:
+        if "not enough memory" in str(e) or "can't allocate memory" in str(e):
+            fail(f"out of memory: lower --micro-batch (now {args.micro_batch}); the result stays the same")
+        raise
+
+
+if __name__ == "__main__":
+    main()
