@@ -10,6 +10,7 @@ splits, id for id, and they are the authors' own.
     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json      # also .gz; -> data/arxiv
     python data_arxiv.py prepare mine.jsonl --own                      # any JSONL with id and abstract, as the set `own`
     python data_arxiv.py ids data/arxiv --subset s3 --split test       # the arXiv ids of a split, in order
+    python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl    # no account needed
     python data_arxiv.py synthesize made_up.jsonl                      # a made-up snapshot, for demo and tests
 
 A prepared directory holds
@@ -22,19 +23,27 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import http.client
 import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
 import sys
 import textwrap
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zlib
 from array import array
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 from tqdm import tqdm
@@ -182,18 +191,24 @@ TWO_WAYS = """\
      python data_arxiv.py prepare snapshot.jsonl"""
 
 
+@functools.lru_cache
+def checksum_of(path, modified):
+    """sha256 of a file, computed once a process and state of the file."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
+
+
 def read_index(directory):
-    """(path of the abstracts, group (N,), start (N+1,), characters (N,)) of a prepared directory."""
-    names = available(directory)["checksums"]
-    abstracts, index = (Path(directory) / next(n for n in names if n.startswith(stem)) for stem in ("abstracts-", "index-"))
+    """(path of the abstracts, group (N,), start (N+1,), characters (N,)) of a prepared directory; ValueError if it is damaged."""
+    manifest = available(directory)
     try:
-        with np.load(index, allow_pickle=False) as arrays:
-            group, start, characters = (arrays[key] for key in ("group", "start", "characters"))
-        if abstracts.stat().st_size != start[-1]:
-            raise ValueError("its size is not what was prepared")
-    except (OSError, ValueError, KeyError, zlib.error) as e:
-        raise ValueError(f"{abstracts} or its index is damaged or missing ({e}): run prepare again") from None
-    return abstracts, group, start, characters
+        names = [next(Path(directory) / n for n in manifest["checksums"] if n.startswith(stem)) for stem in ("abstracts-", "index-")]
+        if any(checksum_of(path, path.stat().st_mtime_ns) != manifest["checksums"][path.name] for path in names):
+            raise ValueError("its checksum is not the manifest's")
+        with np.load(names[1], allow_pickle=False) as arrays:
+            return names[0], arrays["group"], arrays["start"], arrays["characters"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
+        raise ValueError(f"the prepared data in {directory} is damaged or incomplete ({e}): run prepare again") from None
 
 
 def load(directory, set, split):
@@ -206,10 +221,9 @@ def load(directory, set, split):
     for sentence in short:
         print(f"note: {sentence}; all of them are taken", file=sys.stderr)
     ids, texts = [None] * len(rows), [None] * len(rows)
-    with open(abstracts, "rb") as f:
+    with open(abstracts, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for k in np.argsort(rows):                                              # in the order of the file: the disk likes that
-            f.seek(start[rows[k]])
-            record = json.loads(f.read(start[rows[k] + 1] - start[rows[k]]))
+            record = json.loads(data[start[rows[k]]:start[rows[k] + 1]])
             ids[k], texts[k] = record["id"], record["abstract"]
     return ids, texts
 
@@ -233,7 +247,7 @@ def batch_rows(n, batch_size, seed, step):
     the batches that it would have seen, and nothing about the data needs saving."""
     steps = math.ceil(n / batch_size)                                           # an epoch; its partial last batch is kept
     epoch, i = divmod(step, steps)
-    return epoch_order(n, seed, epoch)[i * batch_size:(i + 1) * batch_size]
+    return epoch_order(n, seed, epoch)[i * batch_size:(i + 1) * batch_size].copy()
 
 
 def collate(sequences):
@@ -364,8 +378,6 @@ def read_records(path, categories, broken):
 def carried_over(out, own):
     """Yields (group code, line, characters) of what is in `out` already and this run does not replace: the set `own` stays when
     a snapshot is prepared, and the snapshot's abstracts stay when own records are."""
-    if not (Path(out) / "manifest.json").exists():
-        return
     abstracts, group, start, characters = read_index(out)
     with open(abstracts, "rb") as f:
         for row in np.flatnonzero((group != GROUPS.index("own")) == own):
@@ -376,12 +388,12 @@ def carried_over(out, own):
 def count_sets(group, characters, counts):
     """The manifest's entries on `counts` ({category: {"records", "withdrawn"}}), the sets and their sizes."""
     if set(JOINT) <= set(counts):
-        counts["joint"] = {key: sum(counts[c][key] for c in JOINT) for key in ("records", "withdrawn")}
+        counts = {**counts, "joint": {key: sum(counts[c][key] for c in JOINT) for key in ("records", "withdrawn")}}
     entry = {"categories": {}, "sets": {}, "characters": {}, "unavailable": {}, "short": []}
     for name, count in counts.items():
-        kept = count["records"] - count["withdrawn"]
-        used = len(pool(group, name)) if kept else 0
-        entry["categories"][name] = {**count, "kept": kept, **{k: len(rows) for k, rows in split_rows(used).items()}}
+        sizes = {split: len(rows) for split, rows in split_rows(len(pool(group, name))).items()}
+        entry["categories"][name] = {"records": count["records"], "withdrawn": count["withdrawn"],
+                                     "kept": count["records"] - count["withdrawn"], **sizes}
     entry["control"] = int(np.sum(group == GROUPS.index("control")))
     for name in (*counts, *SETS):
         try:
@@ -404,9 +416,14 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     them: killed at any instant, prepare leaves the old state. What `out` holds of the other kind (own or snapshot) stays.
     ValueError if the source is no snapshot or holds nothing wanted; OSError if a file cannot be read or written."""
     source, out = Path(source), Path(out)
+    size = source.stat().st_size
+    try:
+        old, _ = available(out), read_index(out)
+    except ValueError:                                                          # nothing there yet, or damaged
+        old = None
     counts = {name: {"records": 0, "withdrawn": 0} for name in (["own"] if own else categories)}
     group, characters, start = bytearray(), array("i"), array("q", [0])
-    broken, kinds = [], set()
+    broken, synthetic = [], set()
 
     def new_rows():
         for name, record in read_records(source, None if own else categories, broken):
@@ -415,7 +432,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
                 if not own and withdrawn(record):
                     counts[name]["withdrawn"] += 1
                     continue
-            kinds.add(record.get("submitter") == SYNTHETIC)
+            synthetic.add(record.get("submitter") == SYNTHETIC)
             category = "own" if own else record["categories"].split()[0]
             line = f'{{"id":{quoted(record["id"])},"category":{quoted(category)},"abstract":{quoted(record["abstract"])}}}\n'
             yield GROUPS.index(name), line.encode(), len(record["abstract"])
@@ -423,7 +440,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     out.mkdir(parents=True, exist_ok=True)
     new, checksum = out / "abstracts-new", hashlib.sha256()
     with replacing(new) as f:
-        for code, line, n in itertools.chain(new_rows(), carried_over(out, own)):
+        for code, line, n in itertools.chain(new_rows(), carried_over(out, own) if old else []):
             f.write(line)
             checksum.update(line)
             group.append(code)
@@ -439,12 +456,15 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
         f.write(index.getvalue())
     os.replace(new, out / f"abstracts-{stem}.jsonl")
 
-    old = available(out) if (out / "manifest.json").exists() else {"sources": {}, "categories": {}}
-    stays = {c: {k: v[k] for k in ("records", "withdrawn")} for c, v in old["categories"].items() if (c == "own") != own and c != "joint"}
-    entry = {"file": source.name, "bytes": source.stat().st_size, "kind": "synthetic" if True in kinds else "own records" if own else "snapshot",
+    entry = {"file": source.name, "bytes": size, "kind": "own records" if own else "snapshot", "synthetic": True in synthetic,
              "broken_lines": {"count": len(broken), "first": broken[:10]}}
-    manifest = {"sources": {**{k: v for k, v in old["sources"].items() if (k == "own") != own}, "own" if own else "snapshot": entry},
-                **count_sets(arrays["group"], arrays["characters"], {**stays, **counts}),
+    about = Path(f"{source}.harvest.json")                                      # beside what harvest wrote
+    if about.exists() and not own:
+        about = json.loads(about.read_text())
+        entry |= about if about["bytes"] == size else {}
+    stays = {key: {name: value for name, value in old[key].items() if (name == "own") != own} if old else {} for key in ("sources", "categories")}
+    manifest = {"sources": {**stays["sources"], "own" if own else "snapshot": entry},
+                **count_sets(arrays["group"], arrays["characters"], {**stays["categories"], **counts}),
                 "checksums": {f"abstracts-{stem}.jsonl": checksum.hexdigest(),
                               f"index-{stem}.npz": hashlib.sha256(index.getvalue()).hexdigest()}}
     with replacing(out / "manifest.json") as f:
@@ -476,8 +496,240 @@ def print_table(manifest):
         if lines["count"]:
             more = ", .." if lines["count"] > len(lines["first"]) else ""
             print(f"{source['file']}: {lines['count']:,} broken lines skipped (line {', '.join(map(str, lines['first']))}{more})")
-        if "synthetic" in source["kind"]:
+        if source["kind"] == "harvest":
+            print(f"{source['file']} is a harvest of {source['date']}, not version 193 of the snapshot: its counts are its own")
+        if source["synthetic"]:
             print(f"{source['file']} is SYNTHETIC: made-up records, for demo and tests only")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# harvest: arXiv's OAI-PMH 2.0 interface -> a file in the snapshot's form
+#
+# Everything that was received is in a journal beside the output, OUT.journal: the records of a page, one a line in the snapshot's
+# form, and then a line {"page": category, ...} that makes the page complete; fsynced. Nothing else needs to survive a kill.
+
+OAI, RAW = "{http://www.openarchives.org/OAI/2.0/}", "{http://arxiv.org/OAI/arXivRaw/}"
+OAI_SETS = {"hep-th": "physics:hep-th", "hep-ph": "physics:hep-ph", "gr-qc": "physics:gr-qc", "q-bio": "q-bio", "cs": "cs"}
+BASE_URL = "https://oaipmh.arxiv.org/oai"
+EARLIEST = "2005-09-16"                                                         # the earliest datestamp that arXiv has
+ATTEMPTS = 10                                                                   # failures in a row before a harvest gives up
+FIELDS = ("submitter", "authors", "title", "comments", "journal-ref", "doi", "report-no", "categories", "license", "abstract")
+
+
+def parse_page(body):
+    """One ListRecords response: {"records": [snapshot record or {"deleted": id, "update_date": ..}], "token": str or "", "expires": its
+    date or None, "date": the server's, "error": None or "code: text"}. ValueError or ParseError if it is no such response."""
+    root = ElementTree.fromstring(body)
+    page = {"records": [], "token": "", "expires": None, "date": root.findtext(OAI + "responseDate")[:10], "error": None}
+    error = root.find(OAI + "error")
+    if error is not None:
+        return page | {"error": f"{error.get('code')}: {error.text}"}
+    listed = root.find(OAI + "ListRecords")
+    if root.tag != OAI + "OAI-PMH" or listed is None:
+        raise ValueError("no ListRecords response")
+    for item in listed.iter(OAI + "record"):
+        header, raw = item.find(OAI + "header"), item.find(f"{OAI}metadata/{RAW}arXivRaw")
+        date = header.findtext(OAI + "datestamp")[:10]
+        if header.get("status") == "deleted":
+            page["records"].append({"deleted": header.findtext(OAI + "identifier").removeprefix("oai:arXiv.org:"), "update_date": date})
+            continue
+        record = {"id": raw.findtext(RAW + "id").strip(), **{key: raw.findtext(RAW + key) or None for key in FIELDS},
+                  "versions": [{"version": v.get("version"), "created": v.findtext(RAW + "date").replace(", 0", ", ")}
+                               for v in raw.findall(RAW + "version")],          # the snapshot writes Mon, 3 Jan 2000
+                  "update_date": date, "authors_parsed": []}
+        first_submitted(record), record["categories"].split()[0]                # must be there
+        page["records"].append(record)
+    token = listed.find(OAI + "resumptionToken")
+    if token is not None and token.text:
+        page |= {"token": token.text, "expires": token.get("expirationDate")}
+    return page
+
+
+def first_submitted(record):
+    """Date of the first version, YYYY-MM-DD."""
+    return f"{parsedate_to_datetime(record['versions'][0]['created']):%Y-%m-%d}"
+
+
+def request_page(base, parameters, pause, timeout, log):
+    """Asks once, politely, and again until there is a whole page: waits `pause` seconds before every request, after a failure
+    twice as long each time, and as long as the server says (Retry-After). ValueError when it gives up, or on a refusal."""
+    url, failures, wait = f"{base}?{urllib.parse.urlencode(parameters)}", 0, pause
+    request = urllib.request.Request(url, headers={"User-Agent": "nanophys data_arxiv.py (arXiv metadata for language-model research)"})
+    while True:
+        time.sleep(wait)
+        deadline, retry_after = time.monotonic() + 5 * timeout, None
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                if "xml" not in response.headers.get_content_type():
+                    raise ValueError(f"content type {response.headers.get_content_type()}")
+                chunks = []
+                while chunk := response.read1(1 << 16):
+                    chunks.append(chunk)
+                    if time.monotonic() > deadline:                             # bytes trickle: no single read times out
+                        raise TimeoutError(f"no whole page in {5 * timeout:g} s")
+            return parse_page(b"".join(chunks))
+        except urllib.error.HTTPError as e:
+            if e.code < 500 and e.code not in (408, 429):
+                raise ValueError(f"{url} answers HTTP {e.code} {e.reason}: is the base URL right?") from None
+            problem, retry_after = f"HTTP {e.code} {e.reason}", seconds(e.headers.get("Retry-After"))
+        except (OSError, http.client.HTTPException, ElementTree.ParseError, ValueError, TypeError, AttributeError, IndexError) as e:
+            problem = f"{type(e).__name__}: {e}"
+        failures += retry_after is None                                         # Retry-After is flow control, not a failure
+        if failures == ATTEMPTS:
+            raise ValueError(f"{url}: {ATTEMPTS} failures in a row, the last: {problem}. What has come is kept: run the same command later")
+        wait = max(retry_after or 0, min(600, pause * 2 ** failures))
+        log(f"{problem}; next request in {wait:.0f} s")
+
+
+def seconds(retry_after):
+    """A Retry-After header, seconds or an HTTP date, in seconds from now; None if there is none."""
+    try:
+        return max(0, int(retry_after) if retry_after.strip().isdigit() else parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def read_journal(journal):
+    """(held, last, done, end): held {id: (datestamp, offset, length)}, length 0 for a deleted paper; last {category: its last
+    complete page}; done: the categories that an unfinished run has done; end: the offset behind the last complete page."""
+    held, last, done, end, offset, pending = {}, {}, set(), 0, 0, []
+    for line in journal:
+        try:
+            entry = json.loads(line if line.endswith(b"\n") else b"")
+        except ValueError:                                                      # where a kill cut it off
+            break
+        if "update_date" in entry:
+            pending.append((entry.get("id") or entry["deleted"], (entry["update_date"], offset, len(line) * ("id" in entry))))
+        else:
+            held.update(pending)
+            pending, end = [], offset + len(line)
+            if "page" in entry:
+                last[entry["page"]] = entry
+            done = set() if "complete" in entry else done | {entry["page"]} if entry["done"] else done
+        offset += len(line)
+    return held, last, done, end
+
+
+def append(journal, entries):
+    """Writes entries and, last, the line that completes them, to the disk in one go; returns the (offset, length) of each."""
+    lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
+    offset = journal.seek(0, os.SEEK_END)
+    journal.write(b"".join(lines))
+    journal.flush()
+    os.fsync(journal.fileno())
+    return list(zip(itertools.accumulate(map(len, lines), initial=offset), map(len, lines)))
+
+
+def read_at(journal, offset, length):
+    journal.seek(offset)
+    return journal.read(length)
+
+
+def news(records, held, journal):
+    """Of a page's records those that the journal does not hold yet, each paper once: cross-lists come with several sets, a page asked
+    for again repeats what is held, and a paper can change twice on the day of one datestamp."""
+    latest = {}
+    for record in records:
+        paper = record.get("id") or record["deleted"]
+        if paper not in latest or record["update_date"] >= latest[paper]["update_date"]:
+            latest[paper] = record
+    for paper, record in latest.items():
+        date, offset, length = held.get(paper, ("", 0, 0))
+        if "deleted" in record:
+            new = length and record["update_date"] >= date
+        else:
+            new = record["update_date"] > date or record["update_date"] == date and json.loads(read_at(journal, offset, length) or "0") != record
+        if new:
+            yield paper, record
+
+
+def harvest_set(category, page, held, journal, request):
+    """Fetches the set of one category into the journal, page by page. `page`: its last complete page so far, or None."""
+    fresh = {"verb": "ListRecords", "metadataPrefix": "arXivRaw", "set": OAI_SETS[category]}
+
+    def after(page):                                                            # what to ask for after a complete page
+        if page is None:
+            return fresh
+        if page["token"] and (page["expires"] or "9") > f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}":
+            return {"verb": "ListRecords", "resumptionToken": page["token"]}
+        return fresh | {"from": page["since"] if page["done"] else page["datestamp"]}
+
+    ask, dead_tokens, received = after(page), 0, 0
+    begin = datetime.fromisoformat(ask.get("from", page["datestamp"] if page else EARLIEST))
+    with tqdm(total=(datetime.now() - begin).days, unit=" days", desc=category) as bar:
+        while True:
+            answer = request(ask, functools.partial(bar.write, file=sys.stderr))
+            error = answer["error"] or ""
+            if error.startswith("badResumptionToken") and "resumptionToken" in ask and dead_tokens < ATTEMPTS:
+                dead_tokens += 1                                                # tokens die at midnight UTC: go on by the datestamp
+                ask = fresh | {"from": page["datestamp"]}
+                continue
+            if error and not error.startswith("noRecordsMatch"):
+                raise ValueError(f"the server refuses {ask}: {error}")
+            dead_tokens *= "resumptionToken" not in ask
+            new = list(news(answer["records"], held, journal))
+            page = {"page": category, "done": not answer["token"], "token": answer["token"], "expires": answer["expires"],
+                    "since": answer["date"] if page is None or page["done"] else page["since"],       # when this pass began
+                    "datestamp": max([r["update_date"] for r in answer["records"]] + [page["datestamp"] if page else EARLIEST])}
+            places = append(journal, [record for _, record in new] + [page])
+            held.update((paper, (r["update_date"], at, length * ("id" in r))) for (paper, r), (at, length) in zip(new, places))
+            received += len(answer["records"])
+            bar.set_postfix_str(f"{received:,} records, changed up to {page['datestamp']}")
+            bar.update((datetime.fromisoformat(page["datestamp"]) - begin).days - bar.n)
+            if page["done"]:
+                return
+            ask = after(page)
+
+
+def harvest(out, categories, until=None, base=BASE_URL, pause=3.0, timeout=120.0):
+    """arXiv's metadata of some categories -> `out`, JSONL in the snapshot's schema and order (plain string order of the ids).
+
+    categories: of CATEGORIES; papers whose primary category is another one (cross-lists) are left out, for half of a category
+    would make wrong sets. until: YYYY-MM-DD, the latest FIRST submission: a later revision does not remove a paper. The
+    protocol's own dates go by the last change and serve the second run, which fetches what changed since the first. What arXivRaw
+    does not have: authors_parsed is empty, update_date is the datestamp. `out` appears, or is replaced, when all is there;
+    killed before that, the same command goes on after the last complete page. Returns the number of records written.
+    ValueError for bad arguments, a refusal of the server, or 10 failures in a row; OSError if a file cannot be written."""
+    if until is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", until):
+        raise ValueError(f"--until {until}: give a date as 2024-08-22")
+    journal_path = Path(f"{out}.journal")
+    journal_path.touch()
+    with open(journal_path, "r+b") as journal:
+        lock(journal)
+        held, last, done, end = read_journal(journal)
+        journal.truncate(end)
+        for category in categories:
+            if category not in done:
+                harvest_set(category, last.get(category), held, journal,
+                            lambda parameters, log: request_page(base, parameters, pause, timeout, log))
+        written = {"records": 0, "cross-lists": 0, "later": 0}
+        with replacing(out) as f:
+            for paper in tqdm(sorted(held), desc=f"writing {out}", unit=" records"):
+                line = read_at(journal, *held[paper][1:])
+                record = json.loads(line or "null")
+                if record:                                                      # not deleted
+                    what = ("cross-lists" if group_of(record["categories"].split()[0]) not in categories else
+                            "later" if until and first_submitted(record) > until else "records")
+                    written[what] += 1
+                    f.write(line if what == "records" else b"")
+        about = {"kind": "harvest", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "until": until, "categories": list(categories),
+                 "base_url": base, "bytes": os.path.getsize(out)}
+        with replacing(f"{out}.harvest.json") as f:
+            f.write(json.dumps(about).encode())
+        append(journal, [{"complete": about["date"]}])
+    return written
+
+
+def lock(file):
+    """ValueError if another process harvests into the same file."""
+    try:
+        import fcntl
+    except ImportError:                                                         # Windows: no lock
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{file.name} is in use: another harvest is running") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -594,12 +846,26 @@ def main(argv=None):
     p.add_argument("out", metavar="OUT", help="file to write; .gz compresses it")
     p.add_argument("--records", type=int, default=5000, help="(default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    p = commands.add_parser("harvest", help="fetch the metadata from arXiv itself, as a file for prepare",
+                            description="Fetches arXiv's metadata over OAI-PMH, politely; stopped at any moment, the same command goes on. "
+                                        "A later run fetches what changed since.")
+    p.add_argument("--categories", nargs="+", choices=CATEGORIES, default=["hep-th", "hep-ph", "gr-qc"], metavar="C",
+                   help=f"of {' '.join(CATEGORIES)} (default: hep-th hep-ph gr-qc, enough for s1..s9)")
+    p.add_argument("--until", help="latest date of FIRST submission, e.g. 2024-08-22 as in the paper (default: no limit)")
+    p.add_argument("--out", default="snapshot.jsonl", help="(default %(default)s); OUT.journal and OUT.harvest.json appear beside it")
+    p.add_argument("--base-url", default=BASE_URL, help="(default %(default)s)")
+    p.add_argument("--pause", type=float, default=3.0, help="seconds before every request (default %(default)s, what arXiv asks for)")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds of silence before a request is repeated (default %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.command == "prepare":
             print_table(prepare(args.source, args.out, tuple(args.categories), args.own))
         elif args.command == "ids":
             print("\n".join(load(args.directory, args.subset, args.split)[0]))
+        elif args.command == "harvest":
+            written = harvest(args.out, args.categories, args.until, args.base_url, args.pause, args.timeout)
+            print(f"{args.out}: {written['records']:,} records; left out: {written['cross-lists']:,} cross-lists with another primary category, "
+                  f"{written['later']:,} first submitted after --until\nnext: python data_arxiv.py prepare {args.out}")
         else:
             synthesize(args.out, args.records, args.seed)
     except BrokenPipeError:                                                     # ids .. | head: the reader has seen enough
