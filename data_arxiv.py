@@ -53,9 +53,8 @@ JOINT = ("hep-ph", "gr-qc")
 GROUPS = CATEGORIES + ("control", "own")
 SPLITS = ("train", "validation", "test")
 SETS = tuple(f"s{i}" for i in range(1, 11))
-NEEDS = {"s1": "hep-th", "s2": "hep-ph gr-qc", "s3": "hep-th hep-ph gr-qc", "s4": "hep-th hep-ph gr-qc", "s5": "hep-th hep-ph gr-qc",
-         "s6": "hep-th hep-ph gr-qc", "s7": "hep-th gr-qc", "s8": "hep-th hep-ph", "s9": "hep-th hep-ph gr-qc",
-         "s10": "hep-th hep-ph gr-qc q-bio cs", "joint": "hep-ph gr-qc"}           # records of these; any other name needs itself
+NEEDS = {"s1": "hep-th", "s2": "hep-ph gr-qc", **{f"s{i}": "hep-th hep-ph gr-qc" for i in (3, 4, 5, 6, 9)}, "s7": "hep-th gr-qc",
+         "s8": "hep-th hep-ph", "s10": "hep-th hep-ph gr-qc q-bio cs", "joint": "hep-ph gr-qc"}      # any other name needs itself
 CONTROL = ("1804.08625", "1404.0016", "1205.2086", "1209.5915", "1802.05268")     # the authors' own papers: read, never trained on
 CS_SAMPLE = 200_000
 
@@ -96,7 +95,7 @@ def select(group, name, split):
     """(rows, short): the row numbers of one split of a set, in order, and one sentence for every part of the recipe that asks
     for more rows than there are (all there are are taken).
 
-    `name`: s1..s10 (spec of the paper's ten sets), a pool (its split), "control" (all of it, whatever the split), or a free
+    `name`: s1..s10, a pool (its split), "control" (all of it, whatever the split), or a free
     recipe "GROUP:F+GROUP:F+..": the first int(F n) rows of each group in this split, n = its hep-th rows; no F: all of them;
     then shuffled. ValueError, in one sentence, if a category is lacking or the name means nothing."""
     if split not in SPLITS:
@@ -157,11 +156,11 @@ def select(group, name, split):
 
 
 def free_recipe(recipe, part, first):
-    """Rows of "hep-th:0.7+gr-qc:0.15" (see select)."""
+    """Rows of "hep-th:0.7+gr-qc:0.15"; part, first: see select."""
     parts = []
     for term in recipe.split("+"):
-        match = re.fullmatch(r"([a-z-]+)(?::([0-9.]+))?", term.strip())
-        if not match or match[1] not in CATEGORIES + ("joint", "own") or (match[2] or "0").count(".") > 1 or match[2] == ".":
+        match = re.fullmatch(r"([a-z-]+)(?::(\d+\.?\d*|\.\d+))?", term.strip())
+        if not match or match[1] not in CATEGORIES + ("joint", "own"):
             raise ValueError(f"{recipe!r} is no training set: give one of s1..s10, own, control, {', '.join(CATEGORIES)}, joint, "
                              f"or a recipe such as hep-th:0.7+gr-qc:0.15")
         rows = part(match[1])
@@ -285,7 +284,7 @@ def clean(abstract):
 
 def withdrawn(record):
     """The authors' test: "withdrawn" in the comments in any case, or in the abstract in one of two."""
-    return ("withdrawn" in (record.get("comments") or "").lower()
+    return ("withdrawn" in str(record.get("comments")).lower()
             or "withdrawn" in record["abstract"] or "Withdrawn" in record["abstract"])
 
 
@@ -420,7 +419,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     try:
         old, _ = available(out), read_index(out)
     except ValueError:                                                          # nothing there yet, or damaged
-        old = None
+        old = {}
     counts = {name: {"records": 0, "withdrawn": 0} for name in (["own"] if own else categories)}
     group, characters, start = bytearray(), array("i"), array("q", [0])
     broken, synthetic = [], set()
@@ -438,7 +437,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
             yield GROUPS.index(name), line.encode(), len(record["abstract"])
 
     out.mkdir(parents=True, exist_ok=True)
-    new, checksum = out / "abstracts-new", hashlib.sha256()
+    new, checksum = out / f"abstracts-{os.getpid()}", hashlib.sha256()
     with replacing(new) as f:
         for code, line, n in itertools.chain(new_rows(), carried_over(out, own) if old else []):
             f.write(line)
@@ -462,9 +461,10 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     if about.exists() and not own:
         about = json.loads(about.read_text())
         entry |= about if about["bytes"] == size else {}
-    stays = {key: {name: value for name, value in old[key].items() if (name == "own") != own} if old else {} for key in ("sources", "categories")}
-    manifest = {"sources": {**stays["sources"], "own" if own else "snapshot": entry},
-                **count_sets(arrays["group"], arrays["characters"], {**stays["categories"], **counts}),
+    sources, others = ({name: value for name, value in old.get(key, {}).items() if (name == "own") != own}
+                       for key in ("sources", "categories"))                    # what stays of the state before
+    manifest = {"sources": {**sources, "own" if own else "snapshot": entry},
+                **count_sets(arrays["group"], arrays["characters"], {**others, **counts}),
                 "checksums": {f"abstracts-{stem}.jsonl": checksum.hexdigest(),
                               f"index-{stem}.npz": hashlib.sha256(index.getvalue()).hexdigest()}}
     with replacing(out / "manifest.json") as f:
@@ -599,7 +599,7 @@ def read_journal(journal):
         except ValueError:                                                      # where a kill cut it off
             break
         if "update_date" in entry:
-            pending.append((entry.get("id") or entry["deleted"], (entry["update_date"], offset, len(line) * ("id" in entry))))
+            pending.append((entry.get("id") or entry["deleted"], (entry["update_date"], offset, len(line) if "id" in entry else 0)))
         else:
             held.update(pending)
             pending, end = [], offset + len(line)
@@ -610,37 +610,25 @@ def read_journal(journal):
     return held, last, done, end
 
 
-def append(journal, entries):
-    """Writes entries and, last, the line that completes them, to the disk in one go; returns the (offset, length) of each."""
-    lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
+def append(journal, held, records, completion):
+    """Appends, in one go, the records that the journal does not hold yet and the line that completes them; updates `held`.
+
+    A record comes more than once: cross-lists with several sets, a page that is asked for again. The highest datestamp counts,
+    and on the same day, as a paper can change twice, the later answer."""
+    latest, new = {r.get("id") or r["deleted"]: r for r in sorted(records, key=lambda r: r["update_date"])}, {}
+    for paper, record in latest.items():
+        date, offset, length = held.get(paper, ("", 0, 0))
+        journal.seek(offset)
+        if record["update_date"] >= date and ("id" in record or length) and record != json.loads(journal.read(length) or "null"):
+            new[paper] = record
+    lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in [*new.values(), completion]]
     offset = journal.seek(0, os.SEEK_END)
     journal.write(b"".join(lines))
     journal.flush()
     os.fsync(journal.fileno())
-    return list(zip(itertools.accumulate(map(len, lines), initial=offset), map(len, lines)))
-
-
-def read_at(journal, offset, length):
-    journal.seek(offset)
-    return journal.read(length)
-
-
-def news(records, held, journal):
-    """Of a page's records those that the journal does not hold yet, each paper once: cross-lists come with several sets, a page asked
-    for again repeats what is held, and a paper can change twice on the day of one datestamp."""
-    latest = {}
-    for record in records:
-        paper = record.get("id") or record["deleted"]
-        if paper not in latest or record["update_date"] >= latest[paper]["update_date"]:
-            latest[paper] = record
-    for paper, record in latest.items():
-        date, offset, length = held.get(paper, ("", 0, 0))
-        if "deleted" in record:
-            new = length and record["update_date"] >= date
-        else:
-            new = record["update_date"] > date or record["update_date"] == date and json.loads(read_at(journal, offset, length) or "0") != record
-        if new:
-            yield paper, record
+    for (paper, record), line in zip(new.items(), lines):
+        held[paper] = record["update_date"], offset, len(line) if "id" in record else 0
+        offset += len(line)
 
 
 def harvest_set(category, page, held, journal, request):
@@ -648,14 +636,12 @@ def harvest_set(category, page, held, journal, request):
     fresh = {"verb": "ListRecords", "metadataPrefix": "arXivRaw", "set": OAI_SETS[category]}
 
     def after(page):                                                            # what to ask for after a complete page
-        if page is None:
-            return fresh
         if page["token"] and (page["expires"] or "9") > f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}":
             return {"verb": "ListRecords", "resumptionToken": page["token"]}
         return fresh | {"from": page["since"] if page["done"] else page["datestamp"]}
 
-    ask, dead_tokens, received = after(page), 0, 0
-    begin = datetime.fromisoformat(ask.get("from", page["datestamp"] if page else EARLIEST))
+    ask, dead_tokens, received = after(page) if page else fresh, 0, 0
+    begin = datetime.fromisoformat(ask.get("from") or (page["datestamp"] if page else EARLIEST))
     with tqdm(total=(datetime.now() - begin).days, unit=" days", desc=category) as bar:
         while True:
             answer = request(ask, functools.partial(bar.write, file=sys.stderr))
@@ -666,13 +652,12 @@ def harvest_set(category, page, held, journal, request):
                 continue
             if error and not error.startswith("noRecordsMatch"):
                 raise ValueError(f"the server refuses {ask}: {error}")
-            dead_tokens *= "resumptionToken" not in ask
-            new = list(news(answer["records"], held, journal))
+            if "resumptionToken" in ask:
+                dead_tokens = 0
             page = {"page": category, "done": not answer["token"], "token": answer["token"], "expires": answer["expires"],
                     "since": answer["date"] if page is None or page["done"] else page["since"],       # when this pass began
                     "datestamp": max([r["update_date"] for r in answer["records"]] + [page["datestamp"] if page else EARLIEST])}
-            places = append(journal, [record for _, record in new] + [page])
-            held.update((paper, (r["update_date"], at, length * ("id" in r))) for (paper, r), (at, length) in zip(new, places))
+            append(journal, held, answer["records"], page)
             received += len(answer["records"])
             bar.set_postfix_str(f"{received:,} records, changed up to {page['datestamp']}")
             bar.update((datetime.fromisoformat(page["datestamp"]) - begin).days - bar.n)
@@ -684,59 +669,58 @@ def harvest_set(category, page, held, journal, request):
 def harvest(out, categories, until=None, base=BASE_URL, pause=3.0, timeout=120.0):
     """arXiv's metadata of some categories -> `out`, JSONL in the snapshot's schema and order (plain string order of the ids).
 
-    categories: of CATEGORIES; papers whose primary category is another one (cross-lists) are left out, for half of a category
+    categories: of CATEGORIES; papers whose primary category is another one (cross-lists) are left out, for part of a category
     would make wrong sets. until: YYYY-MM-DD, the latest FIRST submission: a later revision does not remove a paper. The
     protocol's own dates go by the last change and serve the second run, which fetches what changed since the first. What arXivRaw
     does not have: authors_parsed is empty, update_date is the datestamp. `out` appears, or is replaced, when all is there;
-    killed before that, the same command goes on after the last complete page. Returns the number of records written.
+    killed before that, the same command goes on after the last complete page. Returns {"records", "cross-lists", "later"}: how
+    many were written, and left out as cross-lists and as later than `until`.
     ValueError for bad arguments, a refusal of the server, or 10 failures in a row; OSError if a file cannot be written."""
     if until is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", until):
         raise ValueError(f"--until {until}: give a date as 2024-08-22")
-    journal_path = Path(f"{out}.journal")
-    journal_path.touch()
-    with open(journal_path, "r+b") as journal:
+    Path(f"{out}.journal").touch()
+    with open(f"{out}.journal", "r+b") as journal:
         lock(journal)
         held, last, done, end = read_journal(journal)
         journal.truncate(end)
         for category in categories:
             if category not in done:
-                harvest_set(category, last.get(category), held, journal,
-                            lambda parameters, log: request_page(base, parameters, pause, timeout, log))
-        written = {"records": 0, "cross-lists": 0, "later": 0}
+                harvest_set(category, last.get(category), held, journal, lambda ask, log: request_page(base, ask, pause, timeout, log))
+        counts = {"records": 0, "cross-lists": 0, "later": 0}
         with replacing(out) as f:
             for paper in tqdm(sorted(held), desc=f"writing {out}", unit=" records"):
-                line = read_at(journal, *held[paper][1:])
-                record = json.loads(line or "null")
-                if record:                                                      # not deleted
+                _, offset, length = held[paper]
+                if length:                                                      # not deleted
+                    journal.seek(offset)
+                    line = journal.read(length)
+                    record = json.loads(line)
                     what = ("cross-lists" if group_of(record["categories"].split()[0]) not in categories else
                             "later" if until and first_submitted(record) > until else "records")
-                    written[what] += 1
+                    counts[what] += 1
                     f.write(line if what == "records" else b"")
         about = {"kind": "harvest", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "until": until, "categories": list(categories),
                  "base_url": base, "bytes": os.path.getsize(out)}
-        with replacing(f"{out}.harvest.json") as f:
+        with replacing(f"{out}.harvest.json") as f:                             # prepare reads it
             f.write(json.dumps(about).encode())
-        append(journal, [{"complete": about["date"]}])
-    return written
+        append(journal, held, [], {"complete": about["date"]})
+    return counts
 
 
 def lock(file):
-    """ValueError if another process harvests into the same file."""
-    try:
+    """ValueError if another harvest has the file (on systems that have flock)."""
+    with contextlib.suppress(ImportError):
         import fcntl
-    except ImportError:                                                         # Windows: no lock
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{file.name} is in use: another harvest is running") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{file.name} is in use: another harvest is running") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # synthesize: a made-up snapshot
 
 SYNTHETIC = "Synthetic Record"                                                  # the submitter of every made-up record
-VOCABULARY = {  # theories; objects; methods; formulae. The i-th object goes with the i-th method: there is something to learn
+VOCABULARY = {  # theories; objects; methods; formulae. An abstract keeps to one object and its method
     "hep-th": ("string theory|supergravity|holography|gauge theory|conformal field theory|M-theory",
                "D-branes|Wilson loops|instantons|moduli spaces|black hole microstates|conformal blocks",
                "T-duality|the AdS/CFT correspondence|localization|mirror symmetry|the elliptic genus|the conformal bootstrap",
@@ -763,11 +747,14 @@ VOCABULARY = {  # theories; objects; methods; formulae. The i-th object goes wit
               r"$\mathbb{P}^n$|$T_{eff}$|$T_c$|$n \to \infty$|$|\psi\rangle$|$Re$"),
 }
 SENTENCES = (
-    "We study {object} in {theory} by means of {method}.", "It is shown that {object} are governed by {formula} once {method} is taken into account.",
-    "In particular, {method} leads to a new relation between {object} and {formula}.", "Our result for {formula} agrees with earlier work on {theory}.",
+    "We study {object} in {theory} by means of {method}.",
+    "It is shown that {object} are governed by {formula} once {method} is taken into account.",
+    "In particular, {method} leads to a new relation between {object} and {formula}.",
+    "Our result for {formula} agrees with earlier work on {theory}.",
     "As an application we compute {formula} for {object} and compare it with what {method} predicts.",
     "This extends the known description of {object}, where only the leading term in {formula} had been kept.",
-    "The consequences for {theory} are discussed.", "We comment on open problems in {theory}, among them the role of {object} at large {formula}.")
+    "The consequences for {theory} are discussed.",
+    "We comment on open problems in {theory}, among them the role of {object} at large {formula}.")
 PRIMARIES = {"hep-th": ["hep-th"], "hep-ph": ["hep-ph"], "gr-qc": ["gr-qc"], "q-bio": ["q-bio.NC", "q-bio.PE", "q-bio.QM"],
              "cs": ["cs.LG", "cs.CV", "cs.CL", "cs.DC"], "other": ["math.AG", "astro-ph.SR", "cond-mat.supr-con", "quant-ph"]}
 SHARES = {"hep-th": 22, "hep-ph": 20, "gr-qc": 12, "q-bio": 6, "cs": 32, "other": 8}      # per cent; enough of each for all ten sets
@@ -779,8 +766,8 @@ def made_up_record(draw, paper, group, created):
     theories, objects, methods, formulae = (words.split("|") for words in VOCABULARY[group])
     i = draw.randrange(6)                                                       # the topic, kept through the abstract
     words = {"theory": theories[i], "object": objects[i], "method": methods[i], "formula": formulae[i]}
-    sentences = [draw.choice(SENTENCES).format(**{**words, "theory": draw.choice(theories), "formula": draw.choice(formulae)}) for _ in
-                 range(draw.randint(3, 9))]
+    sentences = [draw.choice(SENTENCES).format(**words | {"theory": draw.choice(theories), "formula": draw.choice(formulae)})
+                 for _ in range(draw.randint(3, 9))]
     abstract = " ".join([SENTENCES[0].format(**words), *sentences])
     comments = f"{draw.randint(4, 60)} pages, {draw.randint(0, 20)} figures. Made up"
     if draw.random() < 0.02:
@@ -794,17 +781,19 @@ def made_up_record(draw, paper, group, created):
     published = draw.random() < 0.5
     return {"id": paper, "submitter": SYNTHETIC, "authors": ", ".join(f"{first} {last}" for last, first in authors),
             "title": wrap(f"{objects[i][0].upper()}{objects[i][1:]} in {draw.choice(theories)} and {methods[i]}", subsequent_indent="  "),
-            "comments": comments, "journal-ref": f"Made-up J. {draw.randint(1, 99)} ({created.year}) {draw.randint(1, 9999)}" if published else None,
+            "comments": comments,
+            "journal-ref": f"Made-up J. {draw.randint(1, 99)} ({created.year}) {draw.randint(1, 9999)}" if published else None,
             "doi": f"10.0000/made.up.{draw.randint(1, 10**7)}" if published else None, "report-no": None,
             "categories": " ".join([draw.choice(PRIMARIES[group]), *cross]),
-            "license": draw.choice([None, "http://arxiv.org/licenses/nonexclusive-distrib/1.0/", "http://creativecommons.org/licenses/by/4.0/"]),
+            "license": draw.choice([None, "http://arxiv.org/licenses/nonexclusive-distrib/1.0/",
+                                    "http://creativecommons.org/licenses/by/4.0/"]),
             "abstract": wrap(abstract, initial_indent="  ") + "\n",
             "versions": [{"version": f"v{v}", "created": f"{d:%a}, {d.day} {d:%b %Y %H:%M:%S} GMT"} for v, d in enumerate(dates, 1)],
             "update_date": f"{dates[-1]:%Y-%m-%d}", "authors_parsed": [[last, first, ""] for last, first in authors]}
 
 
 def synthesize(path, records=5000, seed=0):
-    """Writes a made-up snapshot of `records` records (.gz: compressed) and says so: the snapshot's schema, order and form, all category
+    """Writes a made-up snapshot of `records` records and says so: the snapshot's schema, order and form, all category
     groups with a vocabulary of their own, withdrawn papers, cross-lists and the control papers. The same seed, the same bytes.
     ValueError for fewer than 100 records."""
     if records < 100:
@@ -818,12 +807,11 @@ def synthesize(path, records=5000, seed=0):
         paper = (f"{archive}/{yymm}{draw.randrange(1, 1000):03}" if (year, month) < (2007, 4) else
                  f"{yymm}.{draw.randrange(1, 10_000):04}" if year < 2015 else f"{yymm}.{draw.randrange(1, 25_000):05}")
         papers.setdefault(paper, (group, yymm))
-    packed = str(path).endswith(".gz")
-    with replacing(path) as f, gzip.GzipFile("", "wb", fileobj=f, mtime=0) if packed else contextlib.nullcontext(f) as data:
+    with replacing(path) as f:
         for paper in tqdm(sorted(papers), desc="synthesize", unit=" records"):  # plain string order, as in the snapshot
             group, yymm = papers[paper]
             created = datetime((1900 if yymm > "90" else 2000) + int(yymm[:2]), int(yymm[2:]), draw.randint(1, 28))
-            data.write(json.dumps(made_up_record(draw, paper, group, created), separators=(",", ":")).encode() + b"\n")
+            f.write(json.dumps(made_up_record(draw, paper, group, created), separators=(",", ":")).encode() + b"\n")
     print(f"{path}: {records:,} SYNTHETIC records, made up: for demo and tests, no physics in them", file=sys.stderr)
 
 
@@ -843,7 +831,7 @@ def main(argv=None):
     p.add_argument("--subset", required=True, help="s1..s10, own, control, a category, joint, or a recipe such as hep-th:0.7+gr-qc:0.15")
     p.add_argument("--split", required=True, choices=SPLITS)
     p = commands.add_parser("synthesize", help="write a made-up snapshot")
-    p.add_argument("out", metavar="OUT", help="file to write; .gz compresses it")
+    p.add_argument("out", metavar="OUT", help="file to write")
     p.add_argument("--records", type=int, default=5000, help="(default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     p = commands.add_parser("harvest", help="fetch the metadata from arXiv itself, as a file for prepare",
@@ -864,12 +852,14 @@ def main(argv=None):
             print("\n".join(load(args.directory, args.subset, args.split)[0]))
         elif args.command == "harvest":
             written = harvest(args.out, args.categories, args.until, args.base_url, args.pause, args.timeout)
-            print(f"{args.out}: {written['records']:,} records; left out: {written['cross-lists']:,} cross-lists with another primary category, "
-                  f"{written['later']:,} first submitted after --until\nnext: python data_arxiv.py prepare {args.out}")
+            print(f"{args.out}: {written['records']:,} records; left out: {written['cross-lists']:,} cross-lists with another primary "
+                  f"category, {written['later']:,} first submitted after --until\nnext: python data_arxiv.py prepare {args.out}")
         else:
             synthesize(args.out, args.records, args.seed)
     except BrokenPipeError:                                                     # ids .. | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; what was there before is untouched, and a harvest goes on with the same command\n")
     except (ValueError, OSError) as e:
         parser.exit(2, f"error: {e}\n")
 
