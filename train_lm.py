@@ -337,52 +337,50 @@ def train(args):
             bar.write(f"step {step:6d}  " + "  ".join(f"{key} {loss:.4f}" for key, loss in losses.items()))
             metrics.write(json.dumps({"step": step, **losses}) + "\n")
 
-    bar = tqdm(total=steps, initial=step, disable=not main, desc=args.subset, unit="step", dynamic_ncols=True)
-    if checkpoint is None:
-        validate_now()
-        checkpoint_now()
-    while step < steps:
-        began = time.perf_counter()
-        rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))     # for dropout
-        flat.zero_()
-        mine = rows[rank::world]
-        for i in range(0, len(mine), args.micro_batch):
-            batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in mine[i:i + args.micro_batch]])
-            nll = token_nll(model, batch.to(device), lengths)
-            nll.sum().backward()                              # adds to p.grad, that is to `flat`
-            flat[-3] += nll.detach().sum()
-            flat[-2] += len(nll)
-        flat[-1] = float(stop.requested)
-        sum_over_processes(flat)
-        total, tokens, stopping = flat[-3:].tolist()
-        loss, gradient = total / tokens, flat[:-3].div_(tokens)
-        norm = gradient.norm().item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(f"the loss of step {step + 1} is {loss}, its gradient norm {norm}: stopped before the update. Its abstracts: "
-                             f"{', '.join(ids[r] for r in rows)}. Look at them, or lower --lr; the last checkpoint is whole")
-        gradient.mul_(min(1.0, 1.0 / (norm + 1e-6)))          # clip at 1
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
-        optimizer.step()
-        step += 1
-        if main:
-            epoch = step / math.ceil(len(texts) / args.batch_size)
-            record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                      "tokens_per_s": round(tokens / (time.perf_counter() - began), 1), "memory_gb": round(peak_memory_gb(device), 3)}
-            metrics.write(json.dumps(record) + "\n")
-            bar.update()
-            bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
-        if step in validate_at:
+    with tqdm(total=steps, initial=step, disable=not main, desc=args.subset, unit="step", dynamic_ncols=True) as bar:
+        if checkpoint is None:
             validate_now()
-        if step in validate_at or step % args.checkpoint_every == 0 or stopping:
             checkpoint_now()
-        if stopping and step < steps:
-            bar.close()
+        while step < steps:
+            began = time.perf_counter()
+            rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
+            torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))     # for dropout
+            flat.zero_()
+            mine = rows[rank::world]
+            for i in range(0, len(mine), args.micro_batch):
+                batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in mine[i:i + args.micro_batch]])
+                nll = token_nll(model, batch.to(device), lengths)
+                nll.sum().backward()                              # adds to p.grad, that is to `flat`
+                flat[-3] += nll.detach().sum()
+                flat[-2] += len(nll)
+            flat[-1] = float(stop.requested)
+            sum_over_processes(flat)
+            total, tokens, stopping = flat[-3:].tolist()
+            loss, gradient = total / tokens, flat[:-3].div_(tokens)
+            norm = gradient.norm().item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ValueError(f"the loss of step {step + 1} is {loss}, its gradient norm {norm}: stopped before the update. Its abstracts: "
+                                 f"{', '.join(ids[r] for r in rows)}. Look at them, or lower --lr; the last checkpoint is whole")
+            gradient.mul_(min(1.0, 1.0 / (norm + 1e-6)))          # clip at 1
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, args)
+            optimizer.step()
+            step += 1
             if main:
-                print(f"stopped after step {step} of {steps}; go on with --resume", flush=True)
-            return
-    bar.close()
+                epoch = step / math.ceil(len(texts) / args.batch_size)
+                record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": group["lr"], "grad_norm": norm,
+                          "tokens_per_s": round(tokens / (time.perf_counter() - began), 1), "memory_gb": round(peak_memory_gb(device), 3)}
+                metrics.write(json.dumps(record) + "\n")
+                bar.update()
+                bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
+            if step in validate_at:
+                validate_now()
+            if step in validate_at or step % args.checkpoint_every == 0 or stopping:
+                checkpoint_now()
+            if stopping and step < steps:
+                if main:
+                    print(f"stopped after step {step} of {steps}; go on with --resume", flush=True)
+                return
     if main:
         save_adapter(model, Path(args.out) / "adapter", base)
         print(f"{args.out}/adapter is the adapter after step {steps}; lowest validation loss {best['validation_loss']:.4f} at step {best['step']}\n"

@@ -35,3 +35,24 @@ def abstracts():
     if not path.exists():
         pytest.skip("needs ../shared/data/hepth_1992_2001.jsonl.gz, real records")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(base, data): a two-block Llama of random weights with a tokenizer, and a prepared made-up snapshot of all categories."""
+    import data_arxiv
+    from model import CausalLM, Config, init_weights, save_pretrained
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    root = tmp_path_factory.mktemp("tiny")
+    data_arxiv.synthesize(root / "snapshot.jsonl", records=700, seed=1)
+    data_arxiv.prepare(root / "snapshot.jsonl", root / "data")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(data_arxiv.load(root / "data", "s3", "train")[1], trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    torch.manual_seed(0)
+    model = CausalLM(Config("llama", tokenizer.get_vocab_size(), 64, 96, 2, 4, 2, 16, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1))
+    init_weights(model)
+    save_pretrained(model, root / "base")
+    tokenizer.save(str(root / "base" / "tokenizer.json"))
+    return root / "base", root / "data"
