@@ -16,7 +16,8 @@ splits, id for id, and they are the authors' own.
 A prepared directory holds
     abstracts-XXXXXXXX.jsonl   {"id", "category", "abstract"}, one a line, in the order of the snapshot (XXXXXXXX: its checksum)
     index-XXXXXXXX.npz         group (N,) uint8: position in GROUPS; start (N+1,) int64: byte offsets; characters (N,) int32
-    manifest.json              counts, sets, checksums; written last, in one step: until then the old directory is the valid one
+    manifest.json              sources, categories (counts), sets (sizes), characters, unavailable, short, control, checksums; replaced
+                               last, in one step: until then what was there before is valid
 """
 import argparse
 import contextlib
@@ -177,17 +178,14 @@ def available(directory):
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no prepared abstracts in {directory} (there is no manifest.json). Two ways lead there:\n{TWO_WAYS}") from None
+        raise ValueError(f"""no prepared abstracts in {directory} (there is no manifest.json). Two ways lead there:
+1. the snapshot: download arxiv-metadata-oai-snapshot.json of Cornell-University/arxiv from Kaggle (an account, about 4.5 GB), then, in a minute,
+     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out {directory}
+2. without an account: harvest arXiv itself (about 2 hours and 1 GB for these categories; stopped, the same command goes on), then prepare
+     python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl
+     python data_arxiv.py prepare snapshot.jsonl --out {directory}""") from None
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON ({e}): run prepare again") from None
-
-
-TWO_WAYS = """\
-1. with a Kaggle account: download arxiv-metadata-oai-snapshot.json of Cornell-University/arxiv (about 4.5 GB), then
-     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json
-2. without an account: harvest arXiv itself (physics categories: about 2 hours, 0.6 GB; it goes on where it was stopped), then prepare
-     python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl
-     python data_arxiv.py prepare snapshot.jsonl"""
 
 
 @functools.lru_cache
@@ -295,8 +293,8 @@ def group_of(primary):
     return next((archive for archive in ("q-bio", "cs") if primary.startswith(archive + ".")), None)
 
 
-def read_blocks(path, size=1 << 20):
-    """Yields the bytes of a plain or .gz file in blocks of whole lines, about 1 MB each; shows progress and ETA.
+def read_blocks(path, size=1 << 17):
+    """Yields the bytes of a plain or .gz file in blocks of whole lines, about 128 KB each; shows progress and ETA.
 
     ValueError if the file is a zip archive, is cut off, or has no line break for 16 MB (a record has a few thousand bytes)."""
     with open(path, "rb") as raw:

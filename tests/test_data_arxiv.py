@@ -108,7 +108,8 @@ def authors_sets(path, cs_sample):
     frame = pandas.DataFrame([json.loads(text) for text in open(path)])
     frame = frame[~frame["id"].isin(["1804.08625", "1404.0016", "1205.2086", "1209.5915", "1802.05268"])]
     frame["primary"] = frame["categories"].str.split().str[0]
-    frame = frame[~(frame["comments"].str.contains("withdrawn", case=False, na=False) | frame["abstract"].str.contains("withdrawn|Withdrawn"))]
+    frame = frame[~frame["comments"].str.contains("withdrawn", case=False, na=False)]
+    frame = frame[~frame["abstract"].str.contains("withdrawn|Withdrawn")]
     frame["abstract"] = frame["abstract"].str.replace(r"\n\s*", " ", regex=True).str.strip()
     frame = frame[["id", "primary", "abstract"]]
 
@@ -164,7 +165,7 @@ def test_real_abstracts_id_for_id(tmp_path):
     assert manifest["categories"]["hep-th"] == kept and list(manifest["sets"]) == ["s1"]
     assert set(manifest["unavailable"]) == {f"s{i}" for i in range(2, 11)}
     frame = pandas.DataFrame([json.loads(text) for text in gzip.open(REAL)])
-    frame = frame[~(frame["comments"].str.lower().str.contains("withdrawn", na=False) | frame["abstract"].str.contains("[wW]ithdrawn"))]
+    frame = frame[~frame["comments"].str.lower().str.contains("withdrawn", na=False) & ~frame["abstract"].str.contains("[wW]ithdrawn")]
     frame["abstract"] = frame["abstract"].str.replace(r"\n\s*", " ", regex=True).str.strip()
     for split, rows in authors_split(Dataset.from_pandas(frame[["id", "abstract"]], preserve_index=False)).items():
         assert d.load(tmp_path, "s1", split) == (list(rows["id"]), list(rows["abstract"]))
@@ -194,7 +195,8 @@ def test_rules_of_the_pipeline(tmp_path):
         ("0704.0006", "hep-ph"), ("1404.0016", "hep-th"), ("1205.2086", "math.AG")]
     assert rows[0]["abstract"] == "We study branes at \\alpha' \\n and more. A new paragraph."
     for split in d.SPLITS:
-        assert d.load(tmp_path / "out", "control", split) == (["1404.0016", "1205.2086"], ["A control paper.", "Another, wherever it stands."])
+        ids, texts = d.load(tmp_path / "out", "control", split)
+        assert ids == ["1404.0016", "1205.2086"] and texts == ["A control paper.", "Another, wherever it stands."]
     assert manifest["control"] == 2
     assert {k: manifest["categories"]["hep-th"][k] for k in ("records", "withdrawn", "kept")} == {"records": 5, "withdrawn": 3, "kept": 2}
     assert manifest["categories"]["joint"]["kept"] == 2
@@ -214,7 +216,8 @@ def test_lines_out_of_the_ordinary(tmp_path):
         "a8": json.dumps(record("a8", abstract="Poincar\u00e9 \U0001d54a\n"), ensure_ascii=False, separators=(",", ":")),
         "a9": line("a9", authors_parsed=[["x" * 3_000_000, "", ""]]),           # longer than the blocks that are read
     }
-    unwanted = [line("b1", "math.AG", title=imitation), json.dumps(record("b2", "math.AG")), line("b3", "astro-ph.CO hep-th", comments=imitation)]
+    unwanted = [line("b1", "math.AG", title=imitation), json.dumps(record("b2", "math.AG")),
+                line("b3", "astro-ph.CO hep-th", comments=imitation)]
     broken = [line("c1")[:-1], line("c2")[:300], line("c3", "math.AG")[:-40], "no JSON", "[1, 2]", '{"id":"c4","categories":"hep-th"}',
               line(5), line("c5", abstract=None), line("c6", abstract=["x"]), line("c7", categories=""), line("c8", categories=None),
               line("c9", abstract="\ud835 half a pair\n"), '{"id":"c10","categories":"hep-th', "[" * 100_000]
@@ -325,7 +328,8 @@ def refused(source, out, *words):
 
 def test_files_that_are_no_snapshot(tmp_path, prepared):
     bad = {
-        "table.csv": b"id,abstract\n" * 1000, "empty.json": b"", "blank.json": b"\n" * 1000, "array.json": json.dumps([record("x")] * 9, indent=1).encode(),
+        "table.csv": b"id,abstract\n" * 1000, "empty.json": b"", "blank.json": b"\n" * 1000,
+        "array.json": json.dumps([record("x")] * 9, indent=1).encode(),
         "binary.json": os.urandom(1 << 20), "other.jsonl": b'{"text": "x"}\n' * 1000, "image.png": b"\x89PNG\r\n" + b"\0" * 1_000_000,
     }
     for name, data in bad.items():
@@ -356,7 +360,8 @@ def test_unprepared_and_damaged_directories(tmp_path, snapshot):
     done = run("ids", tmp_path / "nowhere", "--subset", "s3", "--split", "test")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     for words in ("no prepared abstracts in", "arxiv-metadata-oai-snapshot.json", "Cornell-University/arxiv", "about 4.5 GB",
-                  "python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json", "python data_arxiv.py harvest --categories hep-th hep-ph gr-qc"):
+                  "python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out", "2 hours",
+                  "python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl"):
         assert words in done.stderr
     d.prepare(snapshot, tmp_path / "out")
     abstracts = next((tmp_path / "out").glob("abstracts-*"))
@@ -385,7 +390,8 @@ def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path):
     big = tmp_path / "big.jsonl"
     big.write_bytes(snapshot.read_bytes() * 8)
     for delay in (0.15, 0.3, 0.45, 0.6):
-        process = subprocess.Popen([sys.executable, ROOT / "data_arxiv.py", "prepare", big, "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, ROOT / "data_arxiv.py", "prepare", big, "--out", out], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
@@ -402,7 +408,8 @@ def test_memory_is_bounded(tmp_path):
             f.write(text)
     code = ("import sys, resource, data_arxiv as d; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
             "d.prepare(sys.argv[1], sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "s.jsonl", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "s.jsonl", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     assert (tmp_path / "s.jsonl").stat().st_size > 140e6 and int(done.stdout) < 60 * 1024
 
 
@@ -411,7 +418,8 @@ def test_memory_is_bounded(tmp_path):
 def test_ids_and_the_table(snapshot, prepared, tmp_path):
     done = run("ids", prepared, "--subset", "s3", "--split", "test")
     assert done.returncode == 0 and done.stdout.split() == d.load(prepared, "s3", "test")[0] and done.stderr == ""
-    pipe = subprocess.run(f"'{sys.executable}' '{ROOT}/data_arxiv.py' ids '{prepared}' --subset s3 --split train | head -1", shell=True, capture_output=True, text=True)
+    command = f"'{sys.executable}' '{ROOT}/data_arxiv.py' ids '{prepared}' --subset s3 --split train | head -1"
+    pipe = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert pipe.stdout.split() == d.load(prepared, "s3", "train")[0][:1] and pipe.stderr == ""
     shown = run("prepare", snapshot, "--out", tmp_path / "out").stdout
     manifest = d.available(tmp_path / "out")

@@ -83,7 +83,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault in ("503", "503 date", "500", "404"):
             self.send_response(int(fault[:3]))
             if fault.startswith("503"):
-                self.send_header("Retry-After", "1" if fault == "503" else format_datetime(datetime.now(timezone.utc) + timedelta(seconds=1), usegmt=True))
+                later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=1), usegmt=True)
+                self.send_header("Retry-After", "1" if fault == "503" else later)
             self.send_header("Content-Length", "0")
             return self.end_headers()
         if fault == "reset":
@@ -107,8 +108,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def envelope(interior):
-    return ('<?xml version="1.0" encoding="UTF-8"?>\n<OAI-PMH xmlns="http://www.openarchives.org/OAI/2.0/">\n'
-            f"<responseDate>{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}</responseDate><request verb='ListRecords'>x</request>\n{interior}</OAI-PMH>")
+    date = f"<responseDate>{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}</responseDate><request verb='ListRecords'>x</request>"
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<OAI-PMH xmlns="http://www.openarchives.org/OAI/2.0/">\n{date}\n{interior}</OAI-PMH>'
 
 
 def error(code, text):
@@ -126,10 +127,11 @@ def xml_of(date, paper, r):
         return f"<record><header status='deleted'>{header}</header></record>"
     versions = "".join(f'<version version="{v["version"]}"><date>{re.sub(r", (?=[0-9] )", ", 0", v["created"])}</date><size>12kb</size>'
                        "<source_type>D</source_type></version>" for v in r["versions"])
-    rest = "".join(f"<{key}>{escape(r[key])}</{key}>\n" for key in ("title", "authors", "categories", "comments", "report-no", "journal-ref", "doi",
-                                                                  "license", "abstract") if r[key] is not None)
-    return (f"<record><header>{header}<setSpec>x</setSpec></header><metadata><arXivRaw xmlns=\"http://arxiv.org/OAI/arXivRaw/\"><id>{paper}</id>"
-            f"<submitter>{escape(r['submitter'] or '')}</submitter>{versions}{rest}<proxy>p</proxy><msc-class>81T30</msc-class></arXivRaw></metadata></record>\n")
+    keys = ("title", "authors", "categories", "comments", "report-no", "journal-ref", "doi", "license", "abstract")
+    rest = "".join(f"<{key}>{escape(r[key])}</{key}>\n" for key in keys if r[key] is not None)
+    return (f'<record><header>{header}<setSpec>x</setSpec></header><metadata><arXivRaw xmlns="http://arxiv.org/OAI/arXivRaw/"><id>{paper}</id>'
+            f"<submitter>{escape(r['submitter'] or '')}</submitter>{versions}{rest}<proxy>p</proxy><msc-class>81T30</msc-class></arXivRaw>"
+            "</metadata></record>\n")
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +358,13 @@ def test_killed_ten_times_under_faults(corpus, tmp_path):
             assert process.wait() == -signal.SIGKILL, "it was to be killed on the way"
             kills += 1
             assert not out.exists()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        target = len(server.log) + 2
+        while len(server.log) < target:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)                                      # Ctrl-C
+        shown = process.communicate()[1]
+        assert process.returncode == 130 and "the same command" in shown and "Traceback" not in shown
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     with serving(corpus) as undisturbed:
