@@ -179,7 +179,7 @@ def available(directory):
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"""no prepared abstracts in {directory} (there is no manifest.json). Two ways lead there:
-1. the snapshot: download arxiv-metadata-oai-snapshot.json of Cornell-University/arxiv from Kaggle (an account, about 4.5 GB), then, in a minute,
+1. the snapshot: download arxiv-metadata-oai-snapshot.json of Kaggle Cornell-University/arxiv (account, about 4.5 GB), then, in a minute,
      python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out {directory}
 2. without an account: harvest arXiv itself (about 2 hours and 1 GB for these categories; stopped, the same command goes on), then prepare
      python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl
@@ -257,7 +257,7 @@ def collate(sequences):
 @contextlib.contextmanager
 def replacing(path):
     """A binary file to write that takes the place of `path` in one step: a reader, or a kill, meets the old bytes or the new ones."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
+    partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb", buffering=1 << 20) as f:
             yield f
@@ -351,7 +351,7 @@ def read_records(path, categories, broken):
             try:
                 record = json.loads(block[start:end].decode())
                 group = "own" if categories is None else group_of(record["categories"].split()[0])
-                record["id"] = str(record["id"]) if group == "own" else record["id"].strip()
+                record["id"] = str(record["id"]) if group == "own" else record["id"].strip()       # strip: must be a string
                 record["abstract"] = clean(record["abstract"])
                 record["abstract"].encode()                                     # half a surrogate pair is no text
             except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
@@ -467,7 +467,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
                               f"index-{stem}.npz": hashlib.sha256(index.getvalue()).hexdigest()}}
     with replacing(out / "manifest.json") as f:
         f.write(json.dumps(manifest, indent=1).encode())
-    for path in [*out.glob("abstracts-*"), *out.glob("index-*")]:               # of the state before, or of a killed run
+    for path in [*out.glob("abstracts-*"), *out.glob("index-*")]:               # of the state before, or of killed runs
         if path.name not in manifest["checksums"]:
             path.unlink(missing_ok=True)
     return manifest
@@ -652,9 +652,11 @@ def harvest_set(category, page, held, journal, request):
                 raise ValueError(f"the server refuses {ask}: {error}")
             if "resumptionToken" in ask:
                 dead_tokens = 0
+            first = page is None or page["done"]                                # of this pass; arXiv lists in the order of datestamps
+            reached = ask.get("from", EARLIEST) if first else page["datestamp"]
             page = {"page": category, "done": not answer["token"], "token": answer["token"], "expires": answer["expires"],
-                    "since": answer["date"] if page is None or page["done"] else page["since"],       # when this pass began
-                    "datestamp": max([r["update_date"] for r in answer["records"]] + [page["datestamp"] if page else EARLIEST])}
+                    "since": answer["date"] if first else page["since"],        # from when the next run asks
+                    "datestamp": max([reached, *(r["update_date"] for r in answer["records"])])}
             append(journal, held, answer["records"], page)
             received += len(answer["records"])
             bar.set_postfix_str(f"{received:,} records, changed up to {page['datestamp']}")
@@ -676,6 +678,8 @@ def harvest(out, categories, until=None, base=BASE_URL, pause=3.0, timeout=120.0
     ValueError for bad arguments, a refusal of the server, or 10 failures in a row; OSError if a file cannot be written."""
     if until is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", until):
         raise ValueError(f"--until {until}: give a date as 2024-08-22")
+    if Path(out).exists() and not Path(f"{out}.journal").exists():
+        raise ValueError(f"{out} exists and is no harvest (there is no {out}.journal): give another --out")
     Path(f"{out}.journal").touch()
     with open(f"{out}.journal", "r+b") as journal:
         lock(journal)

@@ -293,7 +293,8 @@ def test_names_that_mean_nothing(prepared, name):
 # ---- own records ---------------------------------------------------------------------------------------------------
 
 def test_own_records_beside_a_snapshot(snapshot, tmp_path):
-    own = write(tmp_path / "own.jsonl", [json.dumps({"id": i, "abstract": f"Note {i},\nwithdrawn or not.", "more": 1}) for i in range(50)])
+    notes = [{"id": i, "abstract": f"Note {i},\nwithdrawn or not.", "more": 1} for i in range(50)]
+    own = write(tmp_path / "own.jsonl", map(json.dumps, notes))
     alone = d.prepare(own, tmp_path / "own", own=True)
     assert alone["sets"] == {"own": {"train": 35, "validation": 7, "test": 8}} and alone["categories"]["own"]["withdrawn"] == 0
     ids, texts = d.load(tmp_path / "own", "own", "train")

@@ -3,6 +3,7 @@ import contextlib
 import gzip
 import http.server
 import json
+import os
 import random
 import re
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 import data_arxiv as d
 
+os.environ["no_proxy"] = "127.0.0.1"                                            # the server here is reached directly
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "hepth_1992_2001.jsonl.gz"
 PHYSICS = ["hep-th", "hep-ph", "gr-qc"]
@@ -287,6 +289,10 @@ def test_refusals(corpus, tmp_path):
         server.answer = lambda q, duplicate: error("badArgument", "Set does not exist")
         with pytest.raises(ValueError, match="the server refuses .* badArgument: Set does not exist"):
             harvest(server, tmp_path / "s.jsonl")
+    (tmp_path / "kaggle.json").write_text("precious")
+    with serving(few(corpus)) as server, pytest.raises(ValueError, match="kaggle.json exists and is no harvest"):
+        harvest(server, tmp_path / "kaggle.json")
+    assert (tmp_path / "kaggle.json").read_text() == "precious"
     with open(tmp_path / "s.jsonl.journal") as f:
         d.lock(f)
         with serving({}) as server, pytest.raises(ValueError, match="another harvest is running"):
@@ -312,6 +318,24 @@ def test_dead_token_goes_on_by_the_datestamp(corpus, tmp_path):
     assert server.log[5] == server.log[5] | {"from": dates[4 * 20 - 1], "set": "physics:hep-th"} and "resumptionToken" not in server.log[5]
     with serving(records, size=20, fault=lambda number, q: "expired") as server, pytest.raises(ValueError, match="badResumptionToken"):
         harvest(server, tmp_path / "never.jsonl", ["hep-th"])                   # a server that never honours a token: no endless loop
+
+
+def test_dead_token_of_a_second_run(corpus, tmp_path):
+    """The second run goes on from where it is itself, not from where the first had come to."""
+    records = few(corpus)
+    with serving(records, size=20) as server:
+        harvest(server, tmp_path / "s.jsonl", ["hep-th"])
+        journal = tmp_path / "s.jsonl.journal"                                  # as if the first run had begun in 2015
+        journal.write_text(re.sub(r'"since":"[^"]*"', '"since":"2015-01-01"', journal.read_text()))
+        late = sorted(p for p, r in records.items() if r["update_date"] > "2015-06" and r["categories"].split()[0] == "hep-th")
+        for paper in late:
+            server.records[paper] = records[paper] | {"title": "Changed in the meantime"}
+        server.log.clear()
+        server.size, server.fault = 8, lambda number, q: "expired" if number == 2 else None
+        harvest(server, tmp_path / "s.jsonl", ["hep-th"])
+        dates = sorted(r["update_date"] for r in records.values() if r["update_date"] >= "2015" and "physics:hep-th" in sets_of(r))
+        assert server.log[0]["from"] == "2015-01-01" and server.log[2]["from"] == dates[7] < "2019" and len(late) > 20
+        assert (tmp_path / "s.jsonl").read_text() == expected(server.records, ["hep-th"])
 
 
 def test_token_that_has_expired_is_not_sent(corpus, tmp_path):
