@@ -53,7 +53,6 @@ import torch
 from tqdm import tqdm
 
 PARAMETERS = ("m_WDM", "Om", "log10_L_X", "E_0", "log10_T_vir", "zeta")                             # the order everywhere
-UNITS = ("keV", "", "log erg/s/(Msun/yr)", "eV", "log K", "")
 PRIORS = np.array([[0.3, 10], [0.2, 0.4], [38, 42], [100, 1500], [4.0, 5.3], [10, 250]])            # (6, 2), uniform between the two
 OMEGA_B, H, SIGMA_8, N_S = 0.04897, 0.6766, 0.8102, 0.9665                                           # Planck 2018, fixed; flat LCDM
 N_HE = 0.083                                                                                          # helium atoms per hydrogen atom
@@ -629,8 +628,8 @@ def simulate_fast(parameters, seed, sky=28, bins=470):
     m_wdm, Om, log_lx, e_0, log_tvir, zeta = map(float, parameters)
     depth, side = BINS * CELL / bins, 200 / sky                                                       # of a cell, along the line of sight and on the sky, Mpc
     z = redshift_at(comoving_distance(5.0, Om) + depth * np.arange(bins), Om)                         # (T,) rising; turned at the end
-    early = np.concatenate([z, np.linspace(z[-1], 45, 40)[1:]])                                       # (E,) and what came before
-    column = lambda a: torch.from_numpy(np.asarray(a[:bins], np.float32))[:, None, None]              # (E,) -> (T, 1, 1)
+    early = np.geomspace(1 + z[0], 46, 100) - 1                                                       # (E,) mean histories are worked out on this, to z = 45
+    column = lambda a: torch.from_numpy(np.interp(z, early, a).astype(np.float32))[:, None, None]     # (E,) -> (T, 1, 1)
 
     # 1. delta today, in Fourier space
     k = np.geomspace(1e-4, 1e3, 2000)
@@ -654,9 +653,9 @@ def simulate_fast(parameters, seed, sky=28, bins=470):
     barrier = column(DELTA_C / D)
 
     def boost(delta, variance):
-        """f_coll in regions of this overdensity over its mean: a ratio of two erfc, in logarithms because both can be tiny."""
-        width = column(np.sqrt(np.maximum(sigma_min**2 - variance, 0.05)))
-        return torch.exp(torch.special.log_ndtr((delta - barrier) / width) - torch.special.log_ndtr(-barrier / column(sigma_min)))
+        """f_coll in regions of this overdensity over its mean on the slice, which is held at Sheth-Tormen's. In logarithms: early on both are tiny."""
+        width = (column(sigma_min) ** 2 - variance).clamp(min=0.05).sqrt()
+        return torch.softmax(torch.special.log_ndtr((delta - barrier) / width).flatten(1), dim=1).view_as(delta) * sky**2
 
     # 3. ionisation
     delta, variance = smooth(0)
@@ -677,7 +676,7 @@ def simulate_fast(parameters, seed, sky=28, bins=470):
     T_s = (1 + coupling) / (1 / T_cmb + coupling / T_k)
 
     # 5. the signal
-    scale = 27 * (OMEGA_B * H**2 / 0.023) * np.sqrt(0.15 / (Om * H**2) * (1 + z) / 10)
+    scale = 27 * (OMEGA_B * H**2 / 0.023) * np.sqrt(0.15 / (Om * H**2) * (1 + early) / 10)
     T_b = column(scale) * x_hi * one_plus_delta * (1 - T_cmb / T_s) + 0.0                             # (T, X, Y) mK; no -0.0
     groups = np.array_split(np.arange(bins), min(47, bins))
     history = np.array([[z[g].mean(), x_hi[g[0]:g[-1] + 1].mean()] for g in groups[::-1]]).T
@@ -711,15 +710,16 @@ def _worker_21cmfast():
         job = json.loads(line)
         m_wdm, Om, log_lx, e_0, log_tvir, zeta = job["parameters"]
         grid = dict(HII_DIM=job["sky"], BOX_LEN=job["box"])
-        astro = dict(HII_EFF_FACTOR=zeta, ION_Tvir_MIN=log_tvir, L_X=log_lx, NU_X_THRESH=e_0)
+        astro = dict(HII_EFF_FACTOR=zeta, ION_Tvir_MIN=log_tvir, L_X=log_lx, NU_X_THRESH=e_0, R_BUBBLE_MAX=min(15.0, 0.325 * job["box"]))
         try:
             if v4:
-                inputs = p21c.InputParameters.from_template(["const-zeta"], random_seed=job["random_seed"]).evolve_input_structs(
-                    OMm=Om, **grid, DIM=3 * job["sky"], ZPRIME_STEP_FACTOR=job["step"], USE_TS_FLUCT=True, M_MIN_in_Mass=False, X_RAY_Tvir_MIN=log_tvir, **astro)
-                inputs = inputs.with_logspaced_redshifts(zmin=5.0, zmax=inputs.simulation_options.Z_HEAT_MAX)
+                nodes = p21c.InputParameters.from_template(["const-zeta"], random_seed=job["random_seed"]).with_logspaced_redshifts(
+                    zmin=4.95, zstep_factor=job["step"])
+                inputs = nodes.evolve_input_structs(OMm=Om, **grid, DIM=3 * job["sky"], ZPRIME_STEP_FACTOR=job["step"], USE_TS_FLUCT=True,
+                                                    M_MIN_in_Mass=False, X_RAY_Tvir_MIN=log_tvir, **astro)
                 from astropy import units
                 geometry = p21c.RectilinearLightconer.between_redshifts(
-                    min_redshift=5.01, max_redshift=35.0, resolution=job["box"] / job["sky"] * units.Mpc, cosmo=inputs.cosmo_params.cosmo,
+                    min_redshift=5.0, max_redshift=35.0, resolution=job["box"] / job["sky"] * units.Mpc, cosmo=inputs.cosmo_params.cosmo,
                     quantities=("brightness_temp",))
                 lightcone = p21c.run_lightcone(lightconer=geometry, inputs=inputs, write=False, progressbar=False)
                 lightcone.save(job["file"], clobber=True)
@@ -772,9 +772,9 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
 
     What a simulator could not do is a line of JSON in OUT.failures.jsonl, with parameters and reason (delete it to try those again): a gap in the prior that a
     user of the store should know of. Rows with extreme histories are there, but not `passed`."""
+    name = "fast simulator (semi-numerical stand-in, not 21cmFAST)" if backend == "fast" else f"21cmFAST {version_21cmfast(python)}, box {box:g} Mpc, step {step:g}"
     writer, failures = StoreWriter(out, bins, sky), Path(f"{out}.failures.jsonl")
     failed = {json.loads(line)["source"] for line in failures.read_text().splitlines()} if failures.exists() else set()
-    name = {"fast": "fast simulator (semi-numerical stand-in, not 21cmFAST)", "21cmfast": f"21cmFAST, box {box:g} Mpc, step {step:g}"}[backend]
     jobs = [dict(draw=i, parameters=p.tolist(), seed=seed, random_seed=seed * 1_000_000 + i + 1, source=f"{name}, seed {seed}, draw {i}", sky=sky, bins=bins, box=box,
                  step=step, tau_sigma=tau_sigma, max_x_hi=max_x_hi) for i, p in enumerate(draw_parameters(n, seed))]
     todo = [j for j in jobs if j["source"] not in writer.sources and j["source"] not in failed]
@@ -810,14 +810,22 @@ def _run_fast(jobs, workers, python, keep):
             raise OSError("a simulating process was killed (out of memory?): the lightcones so far are in the store, the same command continues") from None
 
 
+def version_21cmfast(python):
+    """The version that this interpreter has; OSError if it has none."""
+    try:
+        probe = subprocess.run([python, "-c", "import py21cmfast; print(py21cmfast.__version__)"], capture_output=True, text=True)
+        why = (probe.stderr.strip().splitlines() or [""])[-1] if probe.returncode else ""
+    except OSError as e:
+        why = str(e)
+    if why:
+        raise OSError(f"no 21cmFAST for {python} ({why}): install it as the README says, name the Python that has it with --python, or use --backend fast")
+    version = probe.stdout.split()[-1]
+    print(f"21cmFAST {version}" + ("" if version < "4" else " has no warm dark matter: m_WDM will be unknown (NaN), and these lightcones not for training"))
+    return version
+
+
 def _run_21cmfast(jobs, workers, python, keep):
     """Yields (job, row, reason) as they finish; row is None where 21cmFAST failed, reason then says how."""
-    probe = subprocess.run([python, "-c", "import py21cmfast; print(py21cmfast.__version__)"], capture_output=True, text=True)
-    if probe.returncode:
-        raise OSError(f"no 21cmFAST for {python}: {(probe.stderr.strip().splitlines() or ['it does not run'])[-1]}; install it (see the README), name the Python "
-                      "that has it with --python, or use --backend fast")
-    version = probe.stdout.strip().splitlines()[-1]
-    print(f"21cmFAST {version}" + ("" if version < "4" else ": has no warm dark matter, m_WDM will be unknown (NaN) and these rows are not for training"))
     free = SimpleQueue()
     for _ in range(workers):
         free.put(Worker(python))
@@ -838,7 +846,7 @@ def _run_21cmfast(jobs, workers, python, keep):
                 job, (file, reason), row = futures[future], future.result(), None
                 try:
                     if not reason:
-                        row = make_row(read_lightcone(file, job["bins"]), f"{job['source']} ({version})", job["tau_sigma"], job["max_x_hi"])
+                        row = make_row(read_lightcone(file, job["bins"]), job["source"], job["tau_sigma"], job["max_x_hi"])
                 except ValueError as e:
                     reason = str(e)
                 if not keep:
@@ -1154,6 +1162,8 @@ def main(argv=None):
         elif args.command == "convert":
             report = convert(args.files, args.out, args.bins, args.tau_sigma, args.max_xhi)
             print_report(report)
+            if not any(e["status"] in ("kept", "there") for e in report):
+                raise ValueError(f"none of the {len(report)} files could be taken, see the table")
             Path(f"{args.out}.convert.json").write_text(json.dumps(report, indent=1))
             return
         else:
