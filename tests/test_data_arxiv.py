@@ -381,10 +381,24 @@ def test_unprepared_and_damaged_directories(tmp_path, snapshot):
     assert d.load(tmp_path / "out", "s1", "train")[0]
 
 
-def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path):
+def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path, monkeypatch):
     out = tmp_path / "out"
     d.prepare(write(tmp_path / "small.jsonl", [line(f"p{i}") for i in range(10)]), out)
-    before = d.load(out, "s1", "train")
+    before, replace = d.load(out, "s1", "train"), os.replace
+    for last in range(4):                                                       # an end at each of the steps that put files in place
+        done = []
+
+        def step(source, target):
+            if len(done) == last:
+                raise OSError("the end")
+            done.append(replace(source, target))
+
+        monkeypatch.setattr(os, "replace", step)
+        with pytest.raises(OSError, match="the end"):
+            d.prepare(snapshot, out)
+        assert d.load(out, "s1", "train") == before
+    monkeypatch.undo()
+    d.prepare(tmp_path / "small.jsonl", out)
     done = run("prepare", snapshot, "--out", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert d.load(out, "s1", "train") == before and len(list(out.iterdir())) == 3

@@ -82,11 +82,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.server.answer(q, fault == "duplicate").encode()
         if fault == "expired" and "resumptionToken" in q:
             body = error("badResumptionToken", "expired").encode()
-        if fault in ("503", "503 date", "500", "404"):
+        if fault in ("503", "503 date", "503 now", "500", "404"):
             self.send_response(int(fault[:3]))
             if fault.startswith("503"):
                 later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=1), usegmt=True)
-                self.send_header("Retry-After", "1" if fault == "503" else later)
+                self.send_header("Retry-After", {"503": "1", "503 date": later, "503 now": "0"}[fault])
             self.send_header("Content-Length", "0")
             return self.end_headers()
         if fault == "reset":
@@ -252,8 +252,8 @@ def test_second_run_fetches_only_what_changed(corpus, tmp_path):
 
 def test_pauses_and_retry_after(corpus, tmp_path):
     """A pause before every request; a storm of 503 is waited out, each as long as it asks, and never counts as a failure."""
-    faults = {2: "503", 3: "503 date", 4: "503"}
-    with serving(few(corpus), size=50, fault=lambda number, q: faults.get(number)) as server:
+    faults = {2: "503", 3: "503 date", 4: "503", **{number: "503 now" for number in range(6, 18)}}
+    with serving(few(corpus), size=20, fault=lambda number, q: faults.get(number)) as server:
         harvest(server, tmp_path / "s.jsonl", ["gr-qc"], pause=0.1)
     times = [request["time"] for request in server.log]
     gaps = [b - a for a, b in zip(times, times[1:])]
@@ -362,6 +362,8 @@ def test_journal_cut_at_every_place(corpus, tmp_path):
             (tmp_path / "s.jsonl").unlink()
             harvest(server, tmp_path / "s.jsonl", ["gr-qc", "hep-th"])
             assert (tmp_path / "s.jsonl").read_text() == expected(records, ["gr-qc", "hep-th"])
+            with journal.open("rb") as f:
+                assert d.read_journal(f)[3] == journal.stat().st_size           # whole again, to its end
 
 
 def test_killed_ten_times_under_faults(corpus, tmp_path):
