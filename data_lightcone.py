@@ -944,14 +944,14 @@ def _read_rows(path, name, rows):
 
 
 def normalise(T_b):
-    """mK -> what the generator sees: sign(T) log(1 + |T|), shifted and scaled by the paper's constants. float32 in and out."""
-    return (np.sign(T_b) * np.log1p(np.abs(T_b)) + 1.51) / 2.74
+    """mK -> what the generator sees: sign(T) log(1 + |T|), shifted and scaled by the paper's constants. float32 tensors."""
+    return (torch.sign(T_b) * torch.log1p(T_b.abs()) + 1.51) / 2.74
 
 
 def denormalise(x):
-    """The inverse of `normalise`: mK. Takes numpy arrays."""
+    """The inverse of `normalise`: mK."""
     y = x * 2.74 - 1.51
-    return np.sign(y) * np.expm1(np.abs(y))
+    return torch.sign(y) * torch.expm1(y.abs())
 
 
 class SubLightcones(torch.utils.data.Dataset):
@@ -993,21 +993,24 @@ class SubLightcones(torch.utils.data.Dataset):
         start = (i - self.first[n]) * self.step
         spare = min(self.chunk, self.length[n] - start) - self.window
         start = int(start + (rng.integers(spare + 1) if spare > 0 else 0))
-        slices, conditions = self.read(self.rows[n], start, min(self.window, int(self.length[n]) - start))
+        slices = self._slices(self.rows[n], start, min(self.window, int(self.length[n]) - start))
         if self.split == "train":
-            slices = np.roll(slices, rng.integers(self.sky, size=2), axis=(1, 2))
-            slices = np.rot90(slices, rng.integers(4), axes=(1, 2))
-            if rng.integers(2):
-                slices = slices.transpose(0, 2, 1)
-        return torch.from_numpy(np.ascontiguousarray(slices)), torch.from_numpy(conditions)
+            slices = np.rot90(np.roll(slices, rng.integers(self.sky, size=2), axis=(1, 2)), rng.integers(4), axes=(1, 2))
+            slices = slices.transpose(0, 2, 1) if rng.integers(2) else slices
+        return self._finish(slices, self.rows[n], start)
 
     def read(self, row, start, length):
-        """Slices [start, start + length) of a row of the store, normalised: ((length, X, Y), (7,)) float32 numpy."""
+        """Slices [start, start + length) of a row of the store and their conditions, as above: ((length, X, Y), (7,))."""
+        return self._finish(self._slices(row, start, length), row, start)
+
+    def _slices(self, row, start, length):
         if self._file is None or self._pid != os.getpid():                                            # a file handle must not be shared over a fork
             self._file, self._pid = open_store(self.path), os.getpid()
-        slices = self._file["brightness_temp"][int(row), start:start + length].astype(np.float32)     # float16 on disk
-        index = np.float32((start - self.T / 2) / self.T)
-        return normalise(slices), np.append(self.parameters[row], index)
+        return self._file["brightness_temp"][int(row), start:start + length]                          # float16 mK
+
+    def _finish(self, slices, row, start):
+        conditions = np.append(self.parameters[row], np.float32((start - self.T / 2) / self.T))
+        return normalise(torch.from_numpy(np.ascontiguousarray(slices)).float()), torch.from_numpy(conditions)
 
     def windows(self):
         """(row, start, length) of consecutive runs of 12 slices through each trimmed lightcone of the split, a shorter last one from 3 slices on."""

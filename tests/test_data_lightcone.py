@@ -413,7 +413,7 @@ def test_parameters_can_be_regressed():
     with multiprocessing.get_context("spawn").Pool(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         lightcones = pool.starmap(signal_of, [(p, i) for i, p in enumerate(P)], chunksize=20)
     kept = np.array([ok for _, ok in lightcones])
-    x = dl.normalise(np.array([s for s, _ in lightcones])[kept].reshape(kept.sum(), 47, 10).mean(2))
+    x = dl.normalise(torch.tensor(np.array([s for s, _ in lightcones])[kept]).reshape(-1, 47, 10).mean(2)).numpy()
     y, n = dl.to_unit(P[kept]), int(0.8 * kept.sum())
     x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-6)
     kernel = np.exp(-((x[:, None] - x[None, :n]) ** 2).mean(2) / 2)
@@ -544,14 +544,14 @@ def test_rows_not_for_training_are_left_out(tmp_path):
 
 
 def test_transform_and_its_inverse():
-    T = np.array([-300, -1, 0, 0.5, 30], np.float32)
+    T = torch.tensor([-300, -1, 0, 0.5, 30])
     np.testing.assert_allclose(dl.normalise(T), [(-np.log(301) + 1.51) / 2.74, (-np.log(2) + 1.51) / 2.74, 1.51 / 2.74, (np.log(1.5) + 1.51) / 2.74,
                                                  (np.log(31) + 1.51) / 2.74], rtol=1e-5)
     np.testing.assert_allclose(dl.denormalise(dl.normalise(T)), T, rtol=1e-5, atol=1e-6)
 
 
 def millikelvin(slices):
-    return dl.denormalise(np.asarray(slices))
+    return dl.denormalise(torch.as_tensor(slices)).numpy()
 
 
 def test_sublightcones(tmp_path):
