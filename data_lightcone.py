@@ -413,12 +413,10 @@ class StoreWriter:
         if not self.path.exists():
             create_store(path, T, sky)
         with open_store(path) as f:
-            if f["brightness_temp"].shape[1:] != (T, sky, sky):
-                raise ValueError(f"{path} holds lightcones of {' x '.join(map(str, f['brightness_temp'].shape[1:]))} (t, x, y), not {T} x {sky} x {sky}: "
-                                 "choose another --out, or the same --bins and sky size")
-            self.sources, self.keys = {s.decode() for s in f["source"][:]}, {}
-            for seed, p, s in zip(f["seed"][:], f["parameters"][:], f["source"][:]):
-                self.keys[simulation_key(seed, p, s.decode())] = s.decode()
+            shape = f["brightness_temp"].shape[1:]
+        if shape != (T, sky, sky):
+            raise ValueError(f"{path} holds lightcones of {' x '.join(map(str, shape))} (t, x, y), not {T} x {sky} x {sky}: choose another --out, or the same "
+                             "--bins and sky size")
 
     def add(self, row):
         self.rows.append(row)
@@ -437,27 +435,34 @@ class StoreWriter:
         self.rows, self.last = [], time.monotonic()
 
 
+def check_space(out, size):
+    """OSError unless the disk of `out` has room for `size` bytes more."""
+    folder = Path(out).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < size * 1.02:
+        raise OSError(f"{folder}: {free / 1e9:.3g} GB are free, {size / 1e9:.3g} GB are needed: give --out another disk")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------------------ convert
+
 def simulation_key(seed, parameters, source):
     """What makes two files the same simulation: seed and parameters; where the seed is unknown, only the same file is the same."""
     return (int(seed), *np.round(np.nan_to_num(parameters, nan=-1), 6)) if seed >= 0 else source
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------------ convert
-
 def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
     """Read lightcone files into the store `out`; returns a list of dicts, one a file: status kept / there / dropped / skipped, and why.
 
     A first pass reads everything but the cubes, decides, and estimates size and time; the second copies cube after cube. Files that are in the store already are
-    left alone, so an interrupted conversion is continued by the same command."""
-    report, jobs, skies = [], [], {}
-    writer = None
+    left alone, so an interrupted conversion is continued by the same command. One simulation in two files (same seed and parameters) is taken once, or it could
+    stand in both the training and the test set."""
+    report, jobs, keys, sky = [], [], {}, None
     if Path(out).exists():
         with open_store(out) as f:
-            sky, T = f["brightness_temp"].shape[2], f["brightness_temp"].shape[1]
+            T, sky = f["brightness_temp"].shape[1:3]
+            keys = {simulation_key(seed, p, s.decode()): s.decode() for seed, p, s in zip(f["seed"][:], f["parameters"][:], f["source"][:])}
         if T != bins:
             raise ValueError(f"{out} holds lightcones of {T} bins: give --bins {T}, or another --out")
-        writer = StoreWriter(out, T, sky)
-    keys = dict(writer.keys) if writer else {}
     for path in tqdm(files, desc="looking", unit="file", disable=len(files) < 100):
         path = Path(path).resolve()
         entry = dict(file=str(path), status="skipped", reason="", notes=[])
@@ -470,31 +475,31 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
                 if value < low or value > high:
                     raise ValueError(f"{path}: {name} = {value:g} lies outside the prior, {low:g} to {high:g}")
             key = simulation_key(lc.seed, lc.parameters, str(path))
-            if key in keys:
-                same = keys[key] == str(path)
-                entry.update(status="there" if same else "skipped", reason="in the store already" if same else f"same seed and parameters as {Path(keys[key]).name}")
+            if keys.get(key) == str(path):
+                entry.update(status="there", reason="in the store already")
+            elif key in keys:
+                entry["reason"] = f"same seed and parameters as {Path(keys[key]).name}"
             elif reason := filter_reason(tau, x_hi_end, tau_sigma, max_x_hi):
                 entry.update(status="dropped", reason=reason)
             else:
                 jobs.append(entry)
                 keys[key] = str(path)
-                skies[lc.sky] = skies.get(lc.sky, 0) + 1
         except ValueError as e:
             entry["reason"] = str(e).removeprefix(f"{path}: ")
+
+    sizes = [entry["sky"] for entry in jobs]
+    sky = sky or max(sizes, key=sizes.count, default=None)                                            # the store's, or the commonest
+    for entry in jobs:
+        if entry["sky"] != sky:
+            entry["reason"] = f"{entry['sky']} x {entry['sky']} on the sky, the store has {sky} x {sky}: convert it into another --out"
+    jobs = [entry for entry in jobs if entry["sky"] == sky]
     if not jobs:
         return report
-    sky = writer.path and sky if writer else max(skies, key=skies.get)                                # the store's, or the commonest
-    for entry in [j for j in jobs if j["sky"] != sky]:
-        entry["reason"] = f"{entry['sky']} x {entry['sky']} on the sky, the store has {sky} x {sky}: convert it into another --out"
-        jobs.remove(entry)
-    size, start = len(jobs) * bins * sky * sky * 2, time.monotonic()
-    read_lightcone(jobs[0]["file"], bins)
-    print(f"{len(jobs)} lightcones of {sky} x {sky} x {bins}: {size / 1e9:.2f} GB in {out}, about {(time.monotonic() - start) * 1.5 * len(jobs) / 60:.1f} minutes")
-    folder = Path(out).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder).free) < size * 1.02:
-        raise OSError(f"{folder}: {free / 1e9:.1f} GB are free, {size / 1e9:.1f} GB are needed: give --out another disk")
-    writer = writer or StoreWriter(out, bins, sky)
+    size, bytes_read = len(jobs) * bins * sky * sky * 2, sum(Path(entry["file"]).stat().st_size for entry in jobs)
+    print(f"{len(jobs)} lightcones of {sky} x {sky} x {bins}: {bytes_read / 1e9:.3g} GB to read, {size / 1e9:.3g} GB to write into {out}, "
+          f"about {(bytes_read + size) / 100e6 / 60:.1f} minutes at 100 MB/s")
+    check_space(out, size)
+    writer = StoreWriter(out, bins, sky)
     for entry in tqdm(jobs, desc="converting", unit="lightcone"):
         try:
             writer.add(make_row(read_lightcone(entry["file"], bins), entry["file"], tau_sigma, max_x_hi))
@@ -777,11 +782,12 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
     failed = {json.loads(line)["source"] for line in failures.read_text().splitlines()} if failures.exists() else set()
     jobs = [dict(draw=i, parameters=p.tolist(), seed=seed, random_seed=seed * 1_000_000 + i + 1, source=f"{name}, seed {seed}, draw {i}", sky=sky, bins=bins, box=box,
                  step=step, tau_sigma=tau_sigma, max_x_hi=max_x_hi) for i, p in enumerate(draw_parameters(n, seed))]
-    todo = [j for j in jobs if j["source"] not in writer.sources and j["source"] not in failed]
+    with open_store(out) as f:
+        there = {s.decode() for s in f["source"][:]}
+    todo = [j for j in jobs if j["source"] not in there and j["source"] not in failed]
     size = len(todo) * bins * sky * sky * 2
-    print(f"{n} lightcones of {sky} x {sky} x {bins} asked for, {len(todo)} to simulate: {size / 1e9:.2f} GB in {out}")
-    if (free := shutil.disk_usage(Path(out).absolute().parent).free) < size * 1.02:
-        raise OSError(f"{Path(out).absolute().parent}: {free / 1e9:.1f} GB are free, {size / 1e9:.1f} GB are needed: give --out another disk")
+    print(f"{n} lightcones of {sky} x {sky} x {bins} asked for, {len(todo)} to simulate: {size / 1e9:.3g} GB in {out}")
+    check_space(out, size)
     run = _run_fast if backend == "fast" else _run_21cmfast
     done = 0
     try:
@@ -1079,13 +1085,14 @@ def inspect(path, out):
                     a.plot(parameters[~passed, j], parameters[~passed, i], ".", ms=3, color="C3", label="filtered")
                     a.plot(parameters[rows, j], parameters[rows, i], ".", ms=3, color="C0", label="usable")
                     a.set_ylim(PRIORS[i])
+                a.locator_params(nbins=3)
                 a.tick_params(labelsize=7, labelbottom=i == 5, labelleft=j == 0)
                 if i == 5:
                     a.set_xlabel(labels[j], fontsize=9)
                 if j == 0:
                     a.set_ylabel("lightcones" if i == 0 else labels[i], fontsize=9)
-        figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="upper right", fontsize=10, markerscale=3)
-        figure.suptitle(f"{Path(path).name}: {len(rows)} usable of {N} lightcones, over the priors")
+        figure.legend(*axes[1, 0].get_legend_handles_labels(), loc=(0.7, 0.75), markerscale=3)
+        figure.suptitle(f"{Path(path).name}: {len(rows)} usable of {N} lightcones, over the priors", y=0.92)
         figure.savefig(Path(out) / "coverage.png", dpi=120, bbox_inches="tight")
 
         figure, a = plt.subplots(figsize=(9, 5))
@@ -1114,11 +1121,15 @@ def inspect(path, out):
             for target, colour in zip((7, 9, 12, 16, 20), plt.cm.viridis(np.linspace(0, 0.9, 5))):
                 centre = int(np.argmin(np.abs(z[r] - target)))
                 k, power = power_spectrum(f["brightness_temp"][r, max(0, centre - 10):centre + 10].astype(np.float32), float(f["cell_mpc"][r]))
-                if abs(z[r, centre] - target) < 0.5 and power.max() > 1e-4:
+                if abs(z[r, centre] - target) < 0.5 and power.max() > 1e-2:
                     a.loglog(k, power, color=colour, label=f"z = {target}")
-            a.set(xlabel=r"$k_\perp$ [Mpc$^{-1}$]", ylim=(1e-3, None))
-            a.set_title(", ".join(f"{v:.3g}" for v in parameters[r]), fontsize=8)
+            ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if k[0] <= t <= k[-1]]
+            a.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            a.set_xticks([], minor=True)
+            a.set_xlabel(r"$k_\perp$ [Mpc$^{-1}$]")
+            a.set_title(f"{', '.join(PARAMETERS)}\n{', '.join(f'{v:.3g}' for v in parameters[r])}", fontsize=7)
             a.legend(fontsize=7)
+        axes[0, 0].set_ylim(bottom=1e-2)
         axes[0, 0].set_ylabel(r"$k_\perp^2 P(k_\perp) / 2\pi$ [mK$^2$]")
         figure.suptitle("Fluctuations on the sky, mean of 20 slices")
         figure.savefig(Path(out) / "power.png", dpi=120)

@@ -1,0 +1,141 @@
+"""Figures quoted for data_lightcone.py; each is one command (run in the repository root):
+
+    python tests/bench_lightcone.py compare SIGNALS.npz out/compare.png    # fast simulator against 21cmFAST at the same parameters and what differs, in numbers
+    python tests/bench_lightcone.py regress data/lightcones.h5             # held-out R^2 of ridge regression, linear and in a Gaussian kernel
+    python tests/bench_lightcone.py layout                                 # read speed of the ways to lay out a store
+    python tests/bench_lightcone.py loader                                 # SubLightcones over a sparse 304 GB store: slices/s and resident memory"""
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data_lightcone as dl
+
+
+def _simulate(p, seed):
+    torch.set_num_threads(1)
+    lc = dl.simulate_fast(p, seed)
+    return lc.redshifts[::-1], lc.cube.mean((1, 2))[::-1], dl.history_summary(lc)
+
+
+def compare(signals, figure):
+    """SIGNALS.npz: signal (N, 2350) from low z, parameters (N,), xH (N, nodes) over node_z, made with 21cmFAST in 200/140 Mpc bins from z = 5."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with np.load(signals) as f:
+        real, P, x_hi, node_z = f["signal"], np.stack([f[k] for k in dl.PARAMETERS], 1), f["xH"], f["node_z"]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        fast = pool.starmap(_simulate, [(p, i) for i, p in enumerate(P)])
+    rows = []
+    shown = np.argsort(P[:, 2])[np.linspace(0, len(P) - 1, 12).astype(int)]                           # over the range of L_X
+    fig, axes = plt.subplots(3, 4, figsize=(16, 9.5), layout="constrained")
+    for i, p in enumerate(P):
+        z, mean, (tau, _) = fast[i]
+        fine = dl.redshift_at(dl.comoving_distance(5.0, p[1]) + dl.CELL * np.arange(real.shape[1]), p[1])
+        smooth = real[i].reshape(-1, 10).mean(1)[:len(z)]                    # over 14 Mpc
+        smooth = np.convolve(smooth, [0.5, 1, 0.5], "same") / 2              # and about a 40 Mpc box
+        coarse = fine.reshape(-1, 10).mean(1)
+        here = np.interp(coarse, z, mean)
+        a, b = smooth.argmin(), here.argmin()
+        rows.append([tau - dl.optical_depth(node_z, x_hi[i], p[1], 5.0), here[b] - smooth[a], coarse[b] - coarse[a], here.max() - smooth.max(),
+                     np.sqrt(np.mean((here - smooth) ** 2)), np.sqrt(np.mean(smooth**2))])
+        if i in shown:
+            ax = axes.flat[list(shown).index(i)]
+            ax.plot(fine, real[i], color="0.7", lw=0.6)
+            ax.plot(coarse, smooth, "k", lw=1.3, label="21cmFAST 3.4.0, 40 Mpc box (grey: every bin)")
+            ax.plot(z, mean, "C3", lw=1.5, label="fast simulator, 200 Mpc box")
+            ax.set_title("$m_{\\rm WDM}$ %.1f keV, $\\Omega_m$ %.2f, lg $L_X$ %.1f,\n$E_0$ %.0f eV, lg $T_{\\rm vir}$ %.2f, $\\zeta$ %.0f" % tuple(p), fontsize=9)
+            ax.axhline(0, color="k", lw=0.4)
+            ax.set_xlim(5, 28)
+    for ax in axes[-1]:
+        ax.set_xlabel("redshift $z$")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(r"sky mean $\bar T_b$ [mK]")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    Path(figure).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(figure, dpi=110)
+    rows = np.array(rows)
+    for name, r in zip(("optical depth", "trough depth [mK]", "trough redshift", "highest value [mK]"), rows.T):
+        print(f"fast - 21cmFAST, {name:20} median {np.median(r):8.3f}, 16 to 84%: {np.quantile(r, 0.16):8.3f} to {np.quantile(r, 0.84):8.3f}")
+    print(f"rms difference of the signals {np.sqrt(np.mean(rows[:, 4] ** 2)):.1f} mK, rms of 21cmFAST's {np.sqrt(np.mean(rows[:, 5] ** 2)):.1f} mK, over {len(P)} signals")
+
+
+def regress(store):
+    train, held_out = dl.GlobalSignals(store, "train"), [dl.GlobalSignals(store, s) for s in ("validation", "test")]
+    print(train.note)
+    transform = lambda d: dl.normalise(d.signals * d.norm[1] + d.norm[0]).double()
+    x, y, x2, y2 = transform(train), train.parameters.double(), torch.cat([transform(d) for d in held_out]), torch.cat([d.parameters.double() for d in held_out])
+    x, x2 = ((a - x.mean(0)) / (x.std(0) + 1e-6) for a in (x, x2))
+    gauss = lambda a: torch.exp(-((a[:, None] - x[None]) ** 2).mean(2) / 2)
+    for name, kernel, ridge in (("linear", lambda a: a @ x.T / 47, 0.02), ("Gaussian kernel", gauss, 0.01)):
+        weights = torch.linalg.solve(kernel(x) + ridge * torch.eye(len(x)), y - y.mean(0))
+        r2 = 1 - ((y2 - kernel(x2) @ weights - y.mean(0)) ** 2).sum(0) / ((y2 - y2.mean(0)) ** 2).sum(0)
+        print(f"{name:16} R^2 on {len(x2)} held-out of {len(x) + len(x2)}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(dl.PARAMETERS, r2)))
+
+
+def layout():
+    """Runs of 12 slices of 140 x 140 from 8 rows of 480 slices, with the noise of a real field, from the page cache and from disk."""
+    T, S = 480, 140
+    field = dl.simulate_fast([3, 0.3, 40, 500, 4.7, 30], 0, sky=28, bins=470).cube[100:200]
+    a = np.tile(field, (5, 5, 5))[:T] + np.random.default_rng(0).normal(0, 3, (T, S, S))
+    options = {"a row a chunk": dict(chunks=(1, T, S, S)), "12 slices": dict(chunks=(1, 12, S, S)),
+               "12 slices, gzip 1, shuffle": dict(chunks=(1, 12, S, S), compression="gzip", compression_opts=1, shuffle=True),
+               "12 slices, lzf, shuffle": dict(chunks=(1, 12, S, S), compression="lzf", shuffle=True),
+               "24 slices, lzf, shuffle": dict(chunks=(1, 24, S, S), compression="lzf", shuffle=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, o in options.items():
+            path = Path(folder) / (name.replace(" ", "") + ".h5")
+            with h5py.File(path, "w") as f:
+                d = f.create_dataset("x", (8, T, S, S), "f2", **o)
+                for i in range(8):
+                    d[i] = a
+            speed = []
+            with h5py.File(path, "r", rdcc_nbytes=0) as f:
+                for cold in (False, True):
+                    rng, start = np.random.default_rng(1), time.perf_counter()
+                    for _ in range(100):
+                        if cold:
+                            fd = os.open(path, os.O_RDONLY)
+                            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                            os.close(fd)
+                        s = rng.integers(T - 12)
+                        f["x"][rng.integers(8), s:s + 12]
+                    speed.append(1200 / (time.perf_counter() - start))
+            print(f"{name:28} {path.stat().st_size / 8e6:6.1f} MB a row, {speed[0]:8.0f} slices/s from the page cache, {speed[1]:7.0f} from disk")
+
+
+def loader():
+    rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path, n = Path(folder) / "sparse.h5", 3300
+        dl.create_store(path, 2350, 140)
+        with h5py.File(path, "r+") as f:
+            for name in f:
+                f[name].resize(n, axis=0)
+            f["parameters"][:], f["passed"][:], f["signal_end"][:] = dl.draw_parameters(n, 0), True, 2350
+        data = dl.SubLightcones(path, "train")
+        data[0, 0]
+        before, start, draws = rss(), time.perf_counter(), np.random.default_rng(0).integers(len(data), size=640)
+        for i in draws:
+            data[0, int(i)]
+        print(f"{n * 2350 * 140 * 140 * 2 / 1e9:.0f} GB: one process {12 * len(draws) / (time.perf_counter() - start):.0f} slices/s, resident {before:.0f} -> {rss():.0f} MB")
+        batches = [[(0, int(i)) for i in b] for b in draws.reshape(-1, 64)]
+        start = time.perf_counter()
+        for _ in torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=2):
+            pass
+        print(f"two loader workers, batches of 64: {12 * len(draws) / (time.perf_counter() - start):.0f} slices/s")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in ("compare", "regress", "layout", "loader"):
+        sys.exit(__doc__)
+    globals()[sys.argv[1]](*sys.argv[2:])
