@@ -193,7 +193,7 @@ def arguments(argv=None):
     p.add_argument("--quantize", choices=["nf4", "none"], default="nf4", help="the frozen base in 4 bits or in 16")
     p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16 where it is fast")
     p.add_argument("--batch-size", type=int, default=48, help="abstracts a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=16, help="abstracts in one forward pass; lower it if memory runs out, the result is the same")
+    p.add_argument("--micro-batch", type=int, default=8, help="abstracts in one forward pass; lower it if memory runs out, the result is the same")
     p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--max-steps", type=int, help="stop (and end the learning-rate schedule) after so many steps")
     p.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
@@ -240,7 +240,7 @@ def dry_run(args):
     projections = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
     weights = projections * (0.516 if quantize else 2) + (total - projections) * 2    # 4.127 bits a weight, the rest in 16 bit
     tokens_kept = args.micro_batch * 250                                              # a generous abstract
-    layer = tokens_kept * 2 * (16 * config.hidden_size + 7 * config.intermediate_size)    # kept for the backward pass, 16 bit
+    layer = tokens_kept * 2 * (19 * config.hidden_size + 5 * config.intermediate_size)    # kept for the backward pass, counted on SmolLM2
     memory = weights + trainable * 16 + config.num_hidden_layers * layer + 256 * config.vocab_size * 8
     steps = tokens = None
     if (Path(args.data) / "manifest.json").exists():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"          # real inputs, beside the repository; a user's clone has none
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)                 # the models are small, and a second thread that has to wait for a busy core costs more than it gives
 
 
 @pytest.fixture(scope="session")
