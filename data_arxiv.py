@@ -332,7 +332,7 @@ def read_records(path, categories, broken):
     Noticed as broken: any line that does not end in }, and, of the lines that are parsed (all wanted ones are), those that
     are no JSON object with the strings id, categories and abstract. A rejected line is not looked at further.
     ValueError if none of the first 100 lines is a record."""
-    key, rejected, control = b'"categories":"', {}, {paper.encode() for paper in CONTROL}
+    key, rejected, control = b'"categories":"', {}, tuple(f'{{"id":"{paper}"'.encode() for paper in CONTROL)
     number, recognised = 0, False
     for block in read_blocks(path):
         end = -1
@@ -340,12 +340,12 @@ def read_records(path, categories, broken):
             start, number = end + 1, number + 1
             end = block.find(b"\n", start)
             at = block.find(key, start, end) + len(key) if categories else 0
-            if at >= len(key) and block.startswith(b'{"id":"', start) and block[end - 1:end] == b"}":
-                primary = block[at:block.find(b'"', at)].partition(b" ")[0]
-                if primary not in rejected:                                     # a category not met before (there are some 170)
-                    plain = re.fullmatch(rb"[A-Za-z.-]+", primary)
-                    rejected[primary] = bool(plain) and group_of(primary.decode()) not in categories
-                if rejected[primary] and block[start + 7:block.find(b'"', start + 7)] not in control:
+            if at >= len(key) and block.startswith(b'{"id":"', start) and block[end - 1] == ord("}"):
+                value = block[at:block.find(b'"', at)]
+                if value not in rejected:                                       # categories not met before; most have been, soon
+                    plain = re.fullmatch(rb"[A-Za-z][A-Za-z. -]*", value)
+                    rejected[value] = bool(plain) and group_of(value.decode().split()[0]) not in categories
+                if rejected[value] and not block.startswith(control, start):
                     recognised = True
                     continue
             try:
@@ -414,10 +414,12 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     ValueError if the source is no snapshot or holds nothing wanted; OSError if a file cannot be read or written."""
     source, out = Path(source), Path(out)
     size = source.stat().st_size
-    try:
-        old, _ = available(out), read_index(out)
-    except ValueError:                                                          # nothing there yet, or damaged
-        old = {}
+    try:                                                                        # what stays of the state before
+        sources, others = ({name: value for name, value in available(out)[key].items() if (name == "own") != own}
+                           for key in ("sources", "categories"))
+        stays = carried_over(out, own) if others and read_index(out) else []
+    except (ValueError, KeyError):                                              # nothing there yet, or damaged
+        sources, others, stays = {}, {}, []
     counts = {name: {"records": 0, "withdrawn": 0} for name in (["own"] if own else categories)}
     group, characters, start = bytearray(), array("i"), array("q", [0])
     broken, synthetic = [], set()
@@ -437,7 +439,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     out.mkdir(parents=True, exist_ok=True)
     new, checksum = out / f"abstracts-{os.getpid()}", hashlib.sha256()
     with replacing(new) as f:
-        for code, line, n in itertools.chain(new_rows(), carried_over(out, own) if old else []):
+        for code, line, n in itertools.chain(new_rows(), stays):
             f.write(line)
             checksum.update(line)
             group.append(code)
@@ -458,9 +460,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
     about = Path(f"{source}.harvest.json")                                      # beside what harvest wrote
     if about.exists() and not own:
         about = json.loads(about.read_text())
-        entry |= about if about["bytes"] == size else {}
-    sources, others = ({name: value for name, value in old.get(key, {}).items() if (name == "own") != own}
-                       for key in ("sources", "categories"))                    # what stays of the state before
+        entry |= about if about.get("bytes") == size else {}
     manifest = {"sources": {**sources, "own" if own else "snapshot": entry},
                 **count_sets(arrays["group"], arrays["characters"], {**others, **counts}),
                 "checksums": {f"abstracts-{stem}.jsonl": checksum.hexdigest(),
