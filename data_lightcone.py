@@ -59,7 +59,7 @@ N_HE = 0.083                                                                    
 TAU, TAU_SIGMA = 0.054, 0.007                                                                         # Planck 2018 optical depth
 BINS, CELL = 2350, 200 / 140                                                                          # the paper's lightcones: bins, and Mpc a bin
 HISTORY = 128                                                                                         # room for the nodes of an ionisation history
-C, MPC, M_P, G, K_B, EV = 2.99792458e10, 3.0857e24, 1.6726e-24, 6.6743e-8, 1.3807e-16, 1.6022e-12     # cgs
+C, MPC, M_P, G, K_B = 2.99792458e10, 3.0857e24, 1.6726e-24, 6.6743e-8, 1.3807e-16                    # cgs
 N_H = 3 * (H * 1e7 / MPC) ** 2 / (8 * np.pi * G) * OMEGA_B / (1 + 4 * N_HE) / M_P                     # hydrogen nuclei per cm^3 today
 
 
@@ -985,7 +985,7 @@ class SubLightcones(torch.utils.data.Dataset):
         self.first = np.concatenate([[0], np.cumsum(chunks)])                                         # (n + 1,) number of each lightcone's first chunk
         if self.first[-1] == 0:
             raise ValueError(f"{path}: no chunk of {chunk} slices in the {split} part, the lightcones have {self.T}")
-        self._file = None
+        self._file = self._cubes = None
 
     def __len__(self):
         return int(self.first[-1])
@@ -1010,9 +1010,10 @@ class SubLightcones(torch.utils.data.Dataset):
         return self._finish(self._slices(row, start, length), row, start)
 
     def _slices(self, row, start, length):
-        if self._file is None or self._pid != os.getpid():                                            # a file handle must not be shared over a fork
+        if self._cubes is None or self._pid != os.getpid():                                           # an open file must not be shared over a fork
             self._file, self._pid = open_store(self.path), os.getpid()
-        return self._file["brightness_temp"][int(row), start:start + length]                          # float16 mK
+            self._cubes = self._file["brightness_temp"]
+        return self._cubes[int(row), start:start + length]                                            # float16 mK
 
     def _finish(self, slices, row, start):
         conditions = np.append(self.parameters[row], np.float32((start - self.T / 2) / self.T))
@@ -1024,7 +1025,7 @@ class SubLightcones(torch.utils.data.Dataset):
                 for row, length in zip(self.rows, self.length) for start in range(0, int(length) - 2, self.window)]
 
     def __getstate__(self):
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_cubes": None}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------------------ inspect

@@ -97,18 +97,18 @@ def layout():
                 d = f.create_dataset("x", (8, T, S, S), "f2", **o)
                 for i in range(8):
                     d[i] = a
-            speed = []
-            with h5py.File(path, "r", rdcc_nbytes=0) as f:
-                for cold in (False, True):
-                    rng, start = np.random.default_rng(1), time.perf_counter()
-                    for _ in range(100):
+            speed = {False: 0.0, True: 0.0}
+            with h5py.File(path, "r", rdcc_nbytes=0) as f, open(path, "rb") as raw:
+                x = f["x"]
+                for cold in (False, True) * 5:                               # the best of five: other people's work on the machine only slows it down
+                    rng, spent = np.random.default_rng(1), 0.0
+                    for _ in range(40):
                         if cold:
-                            fd = os.open(path, os.O_RDONLY)
-                            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                            os.close(fd)
-                        s = rng.integers(T - 12)
-                        f["x"][rng.integers(8), s:s + 12]
-                    speed.append(1200 / (time.perf_counter() - start))
+                            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                        row, s, start = rng.integers(8), rng.integers(T - 12), time.perf_counter()
+                        x[row, s:s + 12]
+                        spent += time.perf_counter() - start
+                    speed[cold] = max(speed[cold], 480 / spent)
             print(f"{name:28} {path.stat().st_size / 8e6:6.1f} MB a row, {speed[0]:8.0f} slices/s from the page cache, {speed[1]:7.0f} from disk")
 
 
