@@ -291,6 +291,8 @@ def train(args):
     for name, key in ((args.subset, "validation_loss"), ("s1", "validation_loss_s1")):
         if key == "validation_loss" or name != args.subset and name in manifest["sets"]:
             held_out = data_arxiv.load(args.data, name, "validation")[1]
+            if not held_out:
+                raise ValueError(f"{name} of {args.data} has no validation abstracts: {len(texts)} for training are too few to split; prepare more")
             order = np.random.default_rng(args.seed).permutation(len(held_out))[:args.eval_samples or None]
             validation[key] = [data_arxiv.encode(tokenizer, held_out[i], bos, eos) for i in order]
     validate_at = {round(i * steps / 9) for i in range(10)}
