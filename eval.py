@@ -3,13 +3,23 @@
     python eval.py perplexity out/s1-all                         # base and run on the hep-th test split, merged on the 16-bit base
     python eval.py perplexity out/s1-all out/s1-qkv --quantize nf4 --samples 500
     python eval.py perplexity --base path/to/model --data mine.jsonl
+    python eval.py perplexity --adapter LLMsForHepth/s3-L-3.1-8B-qkv       # a published adapter: hub id or directory, peft's format
+    python eval.py complete out/s1-all out/s1-qkv --samples 100  # base and runs finish the same 100 abstracts -> out/completions-s1-test.jsonl
+    python eval.py complete out/s1-all --prompt "We study the"   # finish a text of your own
 
 perplexity: of an abstract, exp(mean negative log-likelihood of its tokens after BOS), no EOS added; the figure is the mean over
 abstracts with a 95% bootstrap interval (arXiv:2508.03716 reports 11.20 for Llama-3.1-8B and 9.83 for its best variant on hep-th).
+
+complete: the first half of an abstract's sentences is the prompt; sampled at temperature 0.7 among the 50 likeliest tokens, 1,024 at most.
+Every abstract has its own random stream, a function of --seed and its id, so all models get the same draws. The file has one JSON object
+for each abstract and model (id, prompt, truth, completion, model, settings); the same command goes on where it was stopped.
 """
 import argparse
 import json
+import os
+import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +28,7 @@ from tqdm import tqdm
 
 import data_arxiv
 from lora import load_adapter, merge
-from model import bos_eos, load_config, load_pretrained, load_tokenizer, token_nll
+from model import bos_eos, generate, load_pretrained, load_tokenizer, token_nll
 from quant import NF4Linear
 from train_lm import fail, resolve_dtype, start_processes
 
@@ -37,6 +47,54 @@ def read_run(directory):
     return settings
 
 
+def fetch_adapter(source):
+    """A directory with an adapter in peft's format, or a hub id such as LLMsForHepth/s3-L-3.1-8B-qkv -> (its directory, the base it names).
+
+    Raises ValueError in one sentence where there is none, or none to be had."""
+    directory = Path(source)
+    if not directory.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME)")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        try:
+            directory = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+        except GatedRepoError:
+            raise ValueError(f"{source} wants its terms accepted: do so at https://huggingface.co/{source}, then `hf auth login`") from None
+        except RepositoryNotFoundError:
+            raise ValueError(f"the hub does not know {source}, or it is private: check the spelling, or `hf auth login`") from None
+        except LocalEntryNotFoundError:
+            raise ValueError(f"{source} is not on this machine and the hub cannot be reached: get a network, or give a directory") from None
+        except (HfHubHTTPError, OSError) as e:
+            raise ValueError(f"the download of {source} failed ({str(e).splitlines()[0]}); run the same command again") from None
+    try:
+        return directory, json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        raise ValueError(f"{source} holds no adapter in peft's format: adapter_config.json is missing or damaged") from None
+
+
+def find_models(args):
+    """The runs, --adapter and --base of a command line -> ([(name, base, adapter directory or None)], settings of the runs).
+
+    Bases come first, each once; a name is a directory's last part or a hub id. ValueError if nothing is named, or two share a name."""
+    settings = [read_run(run) for run in args.runs]
+    jobs = [(Path(run).resolve().name, args.base or s["base"], Path(run) / "adapter") for run, s in zip(args.runs, settings)]
+    for source in args.adapter:
+        directory, base = fetch_adapter(source)
+        if not (args.base or base):
+            raise ValueError(f"the adapter {source} does not say which base it is for: add --base")
+        jobs.append((Path(source).resolve().name if Path(source).is_dir() else source, args.base or base, directory))
+    if not jobs and not args.base:
+        raise ValueError("give run directories, --adapter or --base")
+    bases = [args.base] if args.base else list(dict.fromkeys(base for _, base, _ in jobs))
+    jobs = [(Path(base).resolve().name if Path(base).is_dir() else base, base, None) for base in bases] + jobs
+    names = [name for name, _, _ in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two models are called {name}: rename a directory, so that tables can tell them apart")
+    return jobs, settings
+
+
 def read_texts(data, subset, split, samples, seed):
     """-> (ids, texts, what they are) of a split of a prepared directory, or of a JSONL file with `id` and `abstract`.
 
@@ -52,8 +110,16 @@ def read_texts(data, subset, split, samples, seed):
                 raise ValueError(f"{data}, line {number}: not a JSON object with id and abstract") from None
     else:
         (ids, texts), what = data_arxiv.load(data, subset, split), f"{subset} {split} of {data}"
+    if not texts:
+        raise ValueError(f"{what} holds no abstract")
     keep = np.sort(np.random.default_rng(seed).permutation(len(texts))[:samples or None])
     return [ids[i] for i in keep], [texts[i] for i in keep], what
+
+
+def data_of(args, runs):
+    """-> (--data, --subset), by default those of the first run, on the paper's test set: hep-th, whatever a run was trained on."""
+    own = any(r["subset"] == "own" for r in runs)
+    return args.data or (runs[0]["data"] if runs else "data/arxiv"), args.subset or ("own" if own else "s1")
 
 
 def load_model(base, adapter, quantize, dtype, device):
@@ -112,23 +178,15 @@ def summary(values):
 def perplexity(args):
     _, _, device = start_processes(args.device)
     dtype, quantize = resolve_dtype(args.dtype, device), None if args.quantize == "none" else "nf4"
-    runs = {str(run): read_run(run) for run in args.runs}
-    if not runs and not (args.base and args.data):
-        raise ValueError("give run directories, or --base and --data")
-    data = args.data or next(iter(runs.values()))["data"]
-    subset = args.subset or ("own" if any(r["subset"] == "own" for r in runs.values()) else "s1")
-    ids, texts, what = read_texts(data, subset, args.split, args.samples, args.seed)
-    if not texts:
-        raise ValueError(f"{what} holds no abstract")
-    bases = [args.base] if args.base else list(dict.fromkeys(r["base"] for r in runs.values()))
-    jobs = [(base, base, None) for base in bases] + [(run, args.base or r["base"], Path(run) / "adapter") for run, r in runs.items()]
+    jobs, runs = find_models(args)
+    ids, texts, what = read_texts(*data_of(args, runs), args.split, args.samples, args.seed)
     rows = []
     for name, base, adapter in jobs:
         tokenizer = load_tokenizer(base)
         model, how = load_model(base, adapter, quantize, dtype, device)
         if adapter and "NF4" in how and not quantize:
             print(f"note: {base} was saved in 4 bits, so {name} is evaluated unmerged on NF4", file=sys.stderr)
-        values, tokens = perplexities(model, tokenizer, texts, args.batch_tokens, Path(name).name)
+        values, tokens = perplexities(model, tokenizer, texts, args.batch_tokens, name)
         del model
         good = ~np.isnan(values)
         if not good.all():
@@ -137,10 +195,10 @@ def perplexity(args):
                      "perplexity": dict(zip(np.array(ids)[good].tolist(), values[good].tolist()))})
     print(f"\nperplexity on {what}, {len(texts)} abstracts\n{'model':32} {'weights':18} {'mean':>8} {'95% interval':>17} {'median':>8} {'quartiles':>16} {'std':>7}")
     for r in rows:
-        print(f"{Path(r['model']).name[-32:]:32} {r['weights']:18} {r['mean']:8.3f} {r['low']:8.3f} -{r['high']:7.3f} {r['median']:8.3f} "
+        print(f"{r['model'][-32:]:32} {r['weights']:18} {r['mean']:8.3f} {r['low']:8.3f} -{r['high']:7.3f} {r['median']:8.3f} "
               f"{r['q1']:7.3f} -{r['q3']:7.3f} {r['std']:7.3f}")
     report = {"data": what, "split": args.split, "dtype": str(dtype), "seed": args.seed, "models": rows}
-    outputs = [args.json] if args.json else [Path(run) / f"perplexity-{'NF4' if quantize else '16bit'}.json" for run in runs]
+    outputs = [args.json] if args.json else [Path(run) / f"perplexity-{'NF4' if quantize else '16bit'}.json" for run in args.runs]
     for path in outputs:
         Path(path).write_text(json.dumps(report, indent=1))
         figure = Path(path).with_suffix(".png")
@@ -159,7 +217,7 @@ def draw_perplexity(rows, what, path):
         values = np.sort(list(r["perplexity"].values()))
         colour, style = colours[i % 7], ["-", "--", ":"][i // 7 % 3]
         ax.step(values, np.arange(1, len(values) + 1) / len(values), color=colour, ls=style, where="post",
-                label=f"{Path(r['model']).name} ({r['weights']}): {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
+                label=f"{r['model']} ({r['weights']}): {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
         ax.errorbar(r["mean"], (values < r["mean"]).mean(), xerr=[[r["mean"] - r["low"]], [r["high"] - r["mean"]]], color=colour, marker="o", ms=5, capsize=3)
     ax.set(xscale="log", xlabel="perplexity of an abstract", ylabel="fraction of abstracts below", ylim=(0, 1), title=f"{what}, {len(values)} abstracts")
     ax.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
@@ -170,32 +228,163 @@ def draw_perplexity(rows, what, path):
     plt.close(fig)
 
 
+# ------------------------------------------------------------------------------------------------------------ completions
+
+FIELDS = ("id", "prompt", "truth", "completion", "model", "settings")
+
+
+def split_abstract(text):
+    """-> (prompt, truth): the first half of the sentences (the larger one if odd) and the rest; of one sentence, half of its words.
+
+    A sentence ends at white space after . ! or ?"""
+    parts = re.split(r"(?<=[.!?])\s+", text.strip())
+    parts = parts if len(parts) > 1 else text.split()
+    half = (len(parts) + 1) // 2
+    return " ".join(parts[:half]), " ".join(parts[half:])
+
+
+def read_completions(path):
+    """A file of `complete` -> list of its records. A last line without its newline is being written, and left out.
+
+    Raises ValueError naming the line that is no such record."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                try:
+                    records.append(json.loads(line))
+                    strings = [records[-1][field] for field in FIELDS[:5]]
+                except (ValueError, KeyError, TypeError):
+                    strings = [None]
+                if not all(isinstance(s, str) for s in strings):
+                    raise ValueError(f"{path}, line {number}: not a completion (a JSON object with {', '.join(FIELDS)})")
+    return records
+
+
+def open_completions(path):
+    """-> (records so far, file to append to): what a kill left of a last line is cut off. ValueError if another process has the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab+")
+    data_arxiv.lock(file)
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    return read_completions(path), file
+
+
+def complete_batch(model, tokenizer, prompts, ids, args):
+    """Completions (str) of prompts; each draws from the random stream of (--seed, its id)."""
+    bos, eos = bos_eos(model.config, tokenizer)
+    encoded = [data_arxiv.encode(tokenizer, prompt, bos, None)[args.no_bos:] for prompt in prompts]
+    longest, room = max(map(len, encoded)) + args.max_new_tokens, model.config.max_position_embeddings
+    if longest > room:
+        raise ValueError(f"prompt and completion may take {longest} tokens, the model has room for {room}: lower --max-new-tokens")
+    ends = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else eos
+    new = generate(model, encoded, args.max_new_tokens, args.temperature, args.top_k, ends, [zlib.crc32(f"{args.seed} {i}".encode()) for i in ids])
+    return [tokenizer.decode(p + n)[len(tokenizer.decode(p)):] for p, n in zip(encoded, new)]      # a word begun in the prompt goes on
+
+
+def complete(args):
+    _, _, device = start_processes(args.device)
+    dtype, quantize = resolve_dtype(args.dtype, device), None if args.quantize == "none" else "nf4"
+    jobs, runs = find_models(args)
+    if args.prompt is not None:
+        if not args.prompt.strip():
+            raise ValueError("--prompt is empty: give a few words to go on from")
+        for name, base, adapter in jobs[1:] or jobs:
+            model, _ = load_model(base, adapter, quantize, dtype, device)
+            print(f"[{name}]\n{args.prompt}{complete_batch(model, load_tokenizer(base), [args.prompt], ['prompt'], args)[0]}\n", flush=True)
+        return
+    data, subset = data_of(args, runs)
+    ids, texts, what = read_texts(data, subset, args.split, args.samples, args.seed)
+    prompts, truths = zip(*map(split_abstract, texts))
+    name = Path(data).stem if Path(data).is_file() else subset if subset == "control" else f"{subset}-{args.split}"
+    out = Path(args.out or (Path(args.runs[0]).resolve().parent if args.runs else Path("out")) / f"completions-{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.jsonl")
+    records, file = open_completions(out)
+    have = {(r["model"], r["id"]): r["settings"] for r in records}
+    order = sorted(range(len(ids)), key=lambda i: len(prompts[i]))                      # like lengths together: little padding
+    with file, tqdm(total=len(jobs) * len(ids), desc="completions", unit="completion", dynamic_ncols=True) as bar:
+        for name, base, adapter in jobs:
+            settings = {"base": base, "adapter": adapter and str(adapter), "quantize": args.quantize, "dtype": str(dtype).removeprefix("torch."),
+                        "temperature": args.temperature, "top_k": args.top_k, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+                        "bos": not args.no_bos, "data": what}
+            old = next((s for (model, _), s in have.items() if model == name and s != settings), None)
+            if old:
+                changed = [f"{k} was {old.get(k)!r}, now {settings[k]!r}" for k in settings if old.get(k) != settings[k]]
+                raise ValueError(f"{out} holds completions of {name} with other settings ({'; '.join(changed)}): choose another --out")
+            bar.set_postfix(model=name)
+            model = None
+            for start in range(0, len(order), args.batch_size):
+                batch = order[start:start + args.batch_size]                            # whole even if resumed inside: same batch, same rounding
+                missing = [i for i in batch if (name, ids[i]) not in have]
+                if missing and model is None:
+                    model, _ = load_model(base, adapter, quantize, dtype, device)
+                    tokenizer = load_tokenizer(base)
+                texts = complete_batch(model, tokenizer, [prompts[i] for i in batch], [ids[i] for i in batch], args) if missing else [None] * len(batch)
+                for i, text in zip(batch, texts):
+                    if i in missing:
+                        record = dict(zip(FIELDS, (ids[i], prompts[i], truths[i], text, name, settings)))
+                        file.write(json.dumps(record).encode() + b"\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+                bar.update(len(batch))
+    print(f"{out}: {len(ids)} abstracts ({what}), {len(jobs)} models: {', '.join(name for name, _, _ in jobs)}\n"
+          f"next: python eval.py semscore {out}, then signatures and rate")
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("perplexity", help="base model and runs on a split or a JSONL file", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                            description="Mean perplexity of abstracts for the base model and any number of runs.")
-    p.add_argument("runs", nargs="*", metavar="RUN", help="run directories of train_lm.py; they know their base and data")
-    p.add_argument("--base", help="model directory or hub id; default: each run's own")
-    p.add_argument("--data", help="prepared directory, or a JSONL file with id and abstract; default: the first run's")
-    p.add_argument("--subset", help="set, category or recipe; default s1 (hep-th), or own for a run on own data")
-    p.add_argument("--split", choices=["train", "validation", "test"], default="test")
-    p.add_argument("--samples", type=int, default=0, help="so many abstracts, drawn with --seed; 0: all")
-    p.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: base and adapter unmerged on the 4-bit base; none: merged in 16 bit")
-    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+
+    def command(function, help, description):
+        p = commands.add_parser(function.__name__, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(function=function)
+        return p
+
+    def model_flags(p):
+        p.add_argument("runs", nargs="*", metavar="RUN", help="run directories of train_lm.py; they know their base and data")
+        p.add_argument("--adapter", nargs="+", default=[], metavar="DIR_OR_ID", help="adapters in peft's format: directories or hub ids")
+        p.add_argument("--base", help="model directory or hub id; default: each run's own")
+        p.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: base and adapter unmerged on the 4-bit base; none: merged in 16 bit")
+        p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+        p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+
+    def text_flags(p, samples):
+        p.add_argument("--data", help="prepared directory, or a JSONL file with id and abstract; default: the first run's, or data/arxiv")
+        p.add_argument("--subset", help="set, category, recipe, or control (the five control papers); default s1 (hep-th), or own for a run on own data")
+        p.add_argument("--split", choices=["train", "validation", "test"], default="test")
+        p.add_argument("--samples", type=int, default=samples, help="so many abstracts, drawn with --seed; 0: all")
+        p.add_argument("--seed", type=int, default=42)
+
+    p = command(perplexity, "base model and runs on a split or a JSONL file", "Mean perplexity of abstracts for the base model and any number of runs.")
+    model_flags(p)
+    text_flags(p, 0)
     p.add_argument("--batch-tokens", type=int, default=4096, help="tokens in one forward pass; changes memory and speed only")
-    p.add_argument("--seed", type=int, default=42)
     p.add_argument("--json", help="where the results go (a figure beside it); default: into each run directory")
-    p.set_defaults(function=perplexity)
+
+    p = command(complete, "let base and runs finish abstracts, or a text of your own",
+                "The base and the runs finish the same abstracts, each from its first half. Stopped, the same command goes on.")
+    model_flags(p)
+    text_flags(p, 100)
+    p.add_argument("--prompt", metavar="TEXT", help="finish this text instead, and print the result")
+    p.add_argument("--max-new-tokens", type=int, default=1024)
+    p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    p.add_argument("--top-k", type=int, default=50)
+    p.add_argument("--no-bos", action="store_true", help="prompts without the BOS token, as in the paper's released code")
+    p.add_argument("--batch-size", type=int, default=16, help="abstracts at a time; lower it if memory runs out")
+    p.add_argument("--out", metavar="FILE", help="JSONL file; default: completions-SUBSET-SPLIT.jsonl beside the first run's directory")
+
     args = parser.parse_args(argv)
+    for name in ("max_new_tokens", "top_k", "batch_size"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     try:
         args.function(args)
     except torch.OutOfMemoryError:
-        fail("out of memory: lower --batch-tokens")
+        fail("out of memory: lower --batch-tokens or --batch-size")
     except (ValueError, OSError) as e:
         fail(e)
 

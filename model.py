@@ -351,7 +351,8 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
     """Continue `prompts`, a list of lists of token ids -> a list of lists with the new ids only, `eos` left off.
 
     temperature 0 takes the most likely token; otherwise the top_k most likely are sampled with softmax(logits / temperature).
-    eos: an id or a list of ids that end a sequence. The draw is a function of (seed, prompts)."""
+    eos: an id or a list of ids that end a sequence. seed: an int, from which each row derives its own, or one for each prompt. A row draws
+    from its own seed, on the CPU: neither the other rows nor the device change its draws (rounding of the logits may)."""
     device, B = model.lm_head.weight.device, len(prompts)
     if not all(prompts):
         raise ValueError("a prompt without any token cannot be continued; start it with the BOS token at least")
@@ -364,15 +365,17 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
     hidden = model.model(ids.to(device), cache=cache)
     cache.lengths = lengths.to(device)
     hidden = hidden[torch.arange(B, device=device), cache.lengths - 1]                # (B, C), at each prompt's last token
-    generator = torch.Generator(device).manual_seed(seed)
+    seeds = [seed * 1_000_003 + row for row in range(B)] if isinstance(seed, int) else seed
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
     new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = model.lm_head(hidden).float()                                        # (B, vocab)
         if temperature == 0:
             token = logits.argmax(-1)
         else:
             top, index = logits.topk(min(top_k, logits.shape[-1]))
-            pick = torch.multinomial(F.softmax(top / temperature, dim=-1), 1, generator=generator)
+            cumulative = F.softmax(top / temperature, dim=-1).cumsum(-1)              # (B, top_k); the pick: where it passes the uniform draw
+            pick = (cumulative < uniform[:, step, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
             token = index.gather(1, pick).squeeze(1)                                  # (B,)
         new.append(token)
         done |= torch.isin(token, ends)
