@@ -14,6 +14,7 @@ to one of the 256 levels of the dynamic map (arXiv:1511.04561), a small floating
     w = dequantize_nf4(q)             # the same shape and dtype as the weight had
     y = NF4Linear(...)                # y = x W^T with W kept in 4 bits; the gradient goes to x only, W is frozen
 """
+import functools
 import json
 from dataclasses import dataclass
 
@@ -45,6 +46,14 @@ def dynamic_map():
 
 
 DYNAMIC = dynamic_map()
+# The two float32 levels of each byte side by side in one 64-bit word, (256,): one look-up yields two weights.
+NF4_PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1).view(torch.int64).view(-1)
+
+
+@functools.cache
+def tables(device):
+    """-> NF4, DYNAMIC, NF4_PAIRS on `device`, copied there once."""
+    return NF4.to(device), DYNAMIC.to(device), NF4_PAIRS.to(device)
 
 
 @dataclass
@@ -73,7 +82,7 @@ def quantize_nf4(weight, name="weight"):
     if tail:                                                    # bitsandbytes divides the partial block, and never by zero
         absmax[-1] = absmax[-1].clamp(min=TINY)
         scaled[-1] = blocks[-1] / absmax[-1]
-    nf4 = NF4.to(x.device)
+    nf4, _, _ = tables(x.device)
     codes = torch.bucketize(scaled.view(-1)[:x.numel()], (nf4[:-1] + nf4[1:]) / 2, out_int32=True).to(torch.uint8)
     if len(codes) % 2:
         codes = F.pad(codes, (0, 1), value=7)                                         # 7 is the code of zero
@@ -89,7 +98,7 @@ def quantize_absmax(absmax):
     x = blocks * (1 / nested_absmax)[:, None]
     if x.device.type == "cpu":                                  # bitsandbytes looks the code up on a grid of 65,536 points
         x = ((x + 1) * 32767.5 + 0.5).int().clamp(0, 65535) * 2.0 / 65535 - 1
-    dynamic = DYNAMIC.to(x.device)
+    _, dynamic, _ = tables(x.device)
     codes = torch.bucketize(x, (dynamic[:-1] + dynamic[1:]) / 2)
     codes[nested_absmax == 0] = 0                                                     # nothing but the offset itself
     return codes.view(-1)[:len(absmax)].to(torch.uint8), nested_absmax, offset
@@ -98,10 +107,10 @@ def quantize_absmax(absmax):
 def dequantize_nf4(q, dtype=None):
     """NF4Weight -> Tensor of q.shape in `dtype` (default: the original's), computed in float32 and rounded once."""
     n, device = q.shape.numel(), q.packed.device
-    absmax = DYNAMIC.to(device)[q.absmax.int()] * q.nested_absmax.repeat_interleave(NESTED)[:len(q.absmax)] + q.nested_offset
+    _, dynamic, pairs = tables(device)
+    absmax = dynamic[q.absmax.int()] * q.nested_absmax.repeat_interleave(NESTED)[:len(q.absmax)] + q.nested_offset
     out = torch.empty(len(absmax), BLOCK, dtype=dtype or q.dtype, device=device)
     rows = 2048 if device.type == "cpu" else len(absmax)        # on a CPU, pieces that stay in the cache: three times faster
-    pairs = NF4_PAIRS.to(device)
     for i in range(0, len(absmax), rows):
         packed = q.packed[i * BLOCK // 2:(i + rows) * BLOCK // 2]
         levels = pairs.index_select(0, packed.int()).view(torch.float32)              # (bytes,) -> (2 * bytes,)
@@ -109,10 +118,6 @@ def dequantize_nf4(q, dtype=None):
             levels = F.pad(levels, (0, -len(levels) % BLOCK))
         torch.mul(levels.view(-1, BLOCK), absmax[i:i + rows, None], out=out[i:i + rows])
     return out.view(-1)[:n].view(q.shape)
-
-
-# The two float32 levels of each byte side by side in one 64-bit word, (256,): one look-up yields two weights.
-NF4_PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1).view(torch.int64).view(-1)
 
 
 def from_bitsandbytes(tensors, name):
