@@ -9,6 +9,7 @@
     python eval.py semscore out/completions-s1-test.jsonl        # how near the completions come to the true abstracts
     python eval.py semscore --pairwise out/s1-all --across hep-th gr-qc    # how near abstracts are to each other, as the LLM sees them
     python eval.py signatures out/completions-s1-test.jsonl      # how completions fail: repetition, invented metadata, length
+    python eval.py export out/s1-all --out merged --push ORG/NAME    # a 16-bit checkpoint with a model card, to the hub
 
 perplexity: of an abstract, exp(mean negative log-likelihood of its tokens after BOS), no EOS added; the figure is the mean over
 abstracts with a 95% bootstrap interval (arXiv:2508.03716 reports 11.20 for Llama-3.1-8B and 9.83 for its best variant on hep-th).
@@ -24,12 +25,16 @@ and itself: 1. The prompt is in both, so its half alone scores high: compare wit
 signatures: over the words of each completion, lower-cased: Shannon entropy in bits; distinct-n, the share of different n-grams; the
 longest span of words that comes twice; length against the truth's; the share that goes on into invented metadata ("Comments: 12
 pages", keywords, arXiv numbers, URLs). The truth is judged too, as the row to compare with. Long completions also by windows.
+
+export: the adapter merged into the 16-bit base, a checkpoint that transformers, vLLM and llama.cpp's converter open (or, with --what
+adapter, the adapter in peft's format), with a model card: base, data, hyperparameters, what was measured, licence.
 """
 import argparse
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -45,9 +50,9 @@ from tqdm import tqdm
 
 import data_arxiv
 from lora import load_adapter, merge
-from model import bos_eos, fetch, generate, load_pretrained, load_tokenizer, token_nll
+from model import bos_eos, fetch, generate, load_pretrained, load_tokenizer, save_pretrained, token_nll
 from quant import NF4Linear
-from train_lm import fail, resolve_dtype, start_processes
+from train_lm import fail, resolve_dtype, start_processes, sync
 
 # ---------------------------------------------------------------------------------------------------------- runs and data
 
@@ -603,6 +608,119 @@ def signatures(args):
     write_json(path.with_suffix(".signatures.json"), {"file": str(path), "window": args.window, "models": rows, "drift": drift})
 
 
+# ----------------------------------------------------------------------------------------------- what was measured; sharing
+
+
+def measured(name, directory, completions=None):
+    """All that was measured of one model -> {quantity: summary}, read from a run directory and, of `completions`, the files beside it."""
+    found = {}
+    for file, quantity in (("perplexity-16bit.json", "perplexity"), ("perplexity-NF4.json", "perplexity, NF4")):
+        for row in read_report(Path(directory) / file).get("models", []):
+            if row["model"] == name:
+                found[quantity] = {k: row[k] for k in ("mean", "low", "high", "median", "q1", "q3", "std", "abstracts")} | {"on": read_report(Path(directory) / file)["data"]}
+    if completions:
+        for kind in ("semscore", "signatures", "rating"):
+            for row in read_report(Path(completions).with_suffix(f".{kind}.json")).get("models", []):
+                if row["model"] == name:
+                    found |= {"SemScore": row} if kind == "semscore" else row["means"]
+    return found
+
+
+def read_report(path):
+    """A JSON report of ours -> dictionary; empty where the file is not there (yet)."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise ValueError(f"{path} is no report of eval.py ({e}): write it again") from None
+
+
+def model_card(name, settings, base_id, run, completions, licence, what):
+    """README.md of an exported model: front matter that the hub reads, then base, data, hyperparameters, measurements, licence."""
+    base_name = base_id or Path(settings["base"]).name
+    front = {"base_model": base_id, "library_name": "transformers" if what == "merged" else "peft", "pipeline_tag": "text-generation", "license": licence}
+    lines = ["---", *(f"{k}: {v}" for k, v in front.items() if v), "language: en", "tags: [lora, arxiv, physics]", "---", "", f"# {name}", ""]
+    lines += ["Built with Llama.", ""] if "llama-3" in base_name.lower() else []
+    lines += [f"{base_name}, fine-tuned on arXiv abstracts with LoRA (arXiv:2106.09685), after the recipe of FeynTune (arXiv:2508.03716). It continues abstracts; it",
+              "is no source of facts: what it writes may be wrong, and references that it names may not exist.", "", "## Data", "",
+              f"Training set `{settings['subset']}`, seed {settings['seed']}."]
+    try:
+        manifest = data_arxiv.available(settings["data"])
+        lines += [f"{rows:,} abstracts in {split}." for split, rows in manifest["sets"].get(settings["subset"], {}).items()]
+        lines += [f"Source: {s.get('file')}{' (synthetic: made-up abstracts)' if s.get('synthetic') else ''}." for s in manifest["sources"].values()]
+    except ValueError:
+        lines += ["(The prepared data was no longer there when this card was written.)"]
+    lines += ["Checksums: " + ", ".join(settings.get("data_checksums", [])) + ".", "", "## Hyperparameters", "", "| setting | value |", "|---|---|"]
+    shown = ("lora", "rank", "alpha", "dropout", "quantize", "dtype", "batch_size", "epochs", "max_steps", "lr", "min_lr", "warmup", "seed")
+    lines += [f"| {k} | {settings[k]} |" for k in shown if settings.get(k) is not None] + ["", "## Measured", ""]
+    rows = [(who, quantity, s) for who in (Path(settings["base"]).name, name) for quantity, s in measured(who, run, completions).items()]
+    lines += ["| model | quantity | mean | 95% interval | on |", "|---|---|---|---|---|"] if rows else ["Nothing yet: `eval.py perplexity` was not run."]
+    lines += [f"| {who} | {q} | {s['mean']:.4g} | {s['low']:.4g} - {s['high']:.4g} | {s['abstracts']} abstracts{', ' + Path(s['on'].split(' of ')[0]).name if 'on' in s else ''} |"
+              for who, q, s in rows]
+    losses = [r for r in read_metrics(run) if "validation_loss" in r]
+    lines += ["", f"Validation loss, nats a token: {losses[0]['validation_loss']:.4f} before, {losses[-1]['validation_loss']:.4f} after training."] if losses else []
+    return "\n".join(lines + ["", "## Licence", "", f"{licence or 'That of the base model'}: a fine-tuned model stays under its base model's licence ({base_name}).", ""])
+
+
+def read_metrics(run):
+    """The records of a run's metrics.jsonl, none if it has no such file; a last line that a kill cut short is left out."""
+    path = Path(run) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("}\n")] if path.exists() else []
+
+
+def licence_of(base):
+    """Licence identifier of the bases this project names; None for others."""
+    known = {"llama-3.1": "llama3.1", "smollm2": "apache-2.0", "qwen2.5-0.5b": "apache-2.0"}
+    return next((licence for name, licence in known.items() if name in base.lower()), None)
+
+
+def export(args):
+    settings, out = read_run(args.run), Path(args.out)
+    name, base = Path(args.run).resolve().name, args.base or settings["base"]
+    base_id = args.base_id or (None if Path(base).is_dir() else base)
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it or choose another --out")
+    if args.push:
+        from huggingface_hub import get_token
+        if args.push.count("/") != 1:
+            raise ValueError(f"--push takes ORGANISATION/NAME, not {args.push!r}")
+        if not get_token():
+            raise ValueError("no token for the hub: make one with write access at https://huggingface.co/settings/tokens, then run `hf auth login`")
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        if args.what == "merged":
+            model, how = load_model(base, Path(args.run) / "adapter", None, torch.bfloat16, "cpu")
+            if "NF4" in how:
+                raise ValueError(f"{base} is stored in 4 bits, where an adapter cannot be merged: name its 16-bit original with --base, or --what adapter")
+            save_pretrained(model, temporary)
+            for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+                if (fetch(base) / file).exists():
+                    shutil.copy(fetch(base) / file, temporary)
+        else:
+            temporary.mkdir(parents=True)
+            shutil.copy(Path(args.run) / "adapter" / "adapter_model.safetensors", temporary)
+            config = json.loads((Path(args.run) / "adapter" / "adapter_config.json").read_text())
+            (temporary / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base_id or base}, indent=1))
+        licence = args.license or licence_of(base_id or Path(base).name)
+        (temporary / "README.md").write_text(model_card(name, settings, base_id, args.run, args.completions, licence, args.what))
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out} holds the {'merged model in 16 bit' if args.what == 'merged' else 'adapter'}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    if args.push:
+        from huggingface_hub import HfApi
+        try:
+            HfApi().create_repo(args.push, private=args.private, exist_ok=True)
+            HfApi().upload_folder(repo_id=args.push, folder_path=out, commit_message=f"{name}: {args.what}")
+        except Exception as e:                                # the hub's, the HTTP client's and the system's errors share no type
+            raise ValueError(f"the upload to {args.push} failed ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}); {out} is whole: "
+                             f"check the network and that your token may write there, then `hf upload {args.push} {out}`") from None
+        print(f"uploaded: https://huggingface.co/{args.push}")
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -659,6 +777,17 @@ def main(argv=None):
     p = command(signatures, "repetition, invented metadata and length of completions", "How completions fail, per model, with the truth as the row to compare with.")
     p.add_argument("runs", nargs="+", metavar="FILE", help="the file that complete wrote")
     p.add_argument("--window", type=int, default=250, help="words of a window; 2,000 tokens are about 1,400 words")
+
+    p = command(export, "merge a run into a checkpoint with a model card; upload it", "Write a run as a 16-bit checkpoint (or its adapter) with a model card.")
+    p.add_argument("run", metavar="RUN", help="run directory of train_lm.py")
+    p.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+    p.add_argument("--what", choices=["merged", "adapter"], default="merged")
+    p.add_argument("--base", help="16-bit model directory or hub id to merge into; default: the run's own base")
+    p.add_argument("--base-id", metavar="ORG/NAME", help="hub id of the base, for the card, where the run's base is a directory")
+    p.add_argument("--completions", metavar="FILE", help="file of complete, whose SemScore, signatures and rating go on the card")
+    p.add_argument("--license", help="identifier for the card; default: the base's, where it is known")
+    p.add_argument("--push", metavar="ORG/NAME", help="also upload it to the hub")
+    p.add_argument("--private", action="store_true", help="a private repository on the hub")
 
     args = parser.parse_args(argv)
     for name in ("window", "max_new_tokens", "top_k", "batch_size"):

@@ -1,0 +1,117 @@
+"""eval.py export: transformers opens it with the same logits; the model card; the upload and how it fails."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eval as nano_eval
+from conftest import ROOT
+from lora import inject, load_adapter, merge, save_adapter
+from model import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A finished run directory whose adapter changes the model, with metrics and a perplexity report."""
+    out = tmp_path_factory.mktemp("export") / "s1-qkv"
+    model = load_pretrained(str(tiny[0]), dtype=torch.float32)
+    inject(model, "qkv", seed=1)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.normal_(0, 0.3)
+    save_adapter(model, out / "adapter", str(tiny[0]))
+    settings = {"base": str(tiny[0]), "data": str(tiny[1]), "subset": "s1", "lora": "qkv", "rank": 8, "alpha": 32, "lr": 3e-4, "seed": 42}
+    (out / "config.json").write_text(json.dumps({"settings": settings}))
+    (out / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 6.25}\n{"step": 1, "epoch": 0.1, "loss": 6.0}\n{"step": 9, "validation_loss": 5.5}\n{"st')
+    nano_eval.main(["perplexity", str(out), "--samples", "5", "--device", "cpu", "--dtype", "float32"])
+    return out
+
+
+def test_merged(tiny, run, tmp_path, capsys):
+    """The exported checkpoint in transformers: the logits of our merged model, and of peft's merge; its tokenizer, too."""
+    from peft import PeftModel
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+    nano_eval.main(["export", str(run), "--out", str(tmp_path / "merged")])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert theirs.dtype == torch.bfloat16
+    ours = load_pretrained(str(tiny[0]), dtype=torch.bfloat16)
+    load_adapter(ours, run / "adapter")
+    merge(ours)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.bfloat16), run / "adapter").merge_and_unload()
+    ids = torch.randint(0, ours.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = theirs.float()(ids).logits
+        assert (ours.float()(ids) - logits).abs().max() < 1e-4
+        assert (peft.float()(ids).logits - logits).abs().max() < 0.02 * logits.abs().max()          # peft rounds at other places
+        base = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32)(ids).logits
+        assert (base - logits).abs().max() > 0.1 * logits.abs().max()                                # the adapter is in
+    encoded = [Tokenizer.from_file(str(d / "tokenizer.json")).encode("We study").ids for d in (tmp_path / "merged", tiny[0])]
+    assert encoded[0] == encoded[1]
+    assert "model.safetensors" in capsys.readouterr().out and not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_card(tiny, run, tmp_path):
+    nano_eval.main(["export", str(run), "--out", str(tmp_path / "a"), "--what", "adapter", "--base-id", "meta-llama/Llama-3.1-8B"])
+    card = (tmp_path / "a" / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "base_model: meta-llama/Llama-3.1-8B\n" in front and "license: llama3.1\n" in front and "library_name: peft" in front
+    rows = json.loads((run / "perplexity-16bit.json").read_text())["models"]
+    for text in ("Built with Llama.", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
+                 *(f"| {r['model']} | perplexity | {r['mean']:.4g} | {r['low']:.4g} - {r['high']:.4g} | 5 abstracts, s1 test |" for r in rows)):
+        assert text in card, text
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "meta-llama/Llama-3.1-8B"
+    load_adapter(load_pretrained(str(tiny[0]), dtype=torch.float32), tmp_path / "a")
+    assert nano_eval.licence_of("HuggingFaceTB/SmolLM2-135M") == "apache-2.0" and nano_eval.licence_of("my/model") is None
+
+
+def test_push(run, tmp_path, monkeypatch, capsys):
+    """What is asked of the hub, with the hub's client replaced by a recorder."""
+    import huggingface_hub
+    asked = []
+
+    class Recorder:
+        def create_repo(self, *a, **k):
+            asked.append((a, k))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            asked.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Recorder)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    nano_eval.main(["export", str(run), "--out", str(tmp_path / "a"), "--what", "adapter", "--push", "me/s1-qkv", "--private"])
+    assert asked == [(("me/s1-qkv",), {"private": True, "exist_ok": True}), ("me/s1-qkv", ["README.md", "adapter_config.json", "adapter_model.safetensors"])]
+    assert "huggingface.co/me/s1-qkv" in capsys.readouterr().out
+
+
+def test_push_fails(run, tmp_path):
+    """The real client: without a token nothing is begun; without a network the directory is whole and the way on is said."""
+    def push(out, **environment):
+        made = subprocess.run([sys.executable, ROOT / "eval.py", "export", run, "--out", out, "--what", "adapter", "--push", "me/model"], capture_output=True, text=True,
+                              env={k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")} | {
+                                  "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", **environment})
+        assert made.returncode == 2 and "Traceback" not in made.stderr
+        return made.stderr.strip().splitlines()[-1]
+    assert "no token for the hub" in push(tmp_path / "none") and not (tmp_path / "none").exists()
+    error = push(tmp_path / "whole", HF_TOKEN="hf_made_up")
+    assert "the upload to me/model failed" in error and "hf upload me/model" in error and (tmp_path / "whole" / "README.md").exists()
+
+
+def test_refusals(tiny, run, tmp_path, capsys):
+    def error(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            nano_eval.main(["export", *map(str, arguments)])
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    assert "exists already" in error(run, "--out", tmp_path)
+    assert "is no run directory" in error(tmp_path, "--out", tmp_path / "x")
+    assert "--push takes ORGANISATION/NAME" in error(run, "--out", tmp_path / "x", "--push", "name")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text((run / "config.json").read_text())
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{")
+    assert "cannot be read" in error(tmp_path / "run", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob("x.tmp-*"))
