@@ -32,9 +32,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data_arxiv
-from lora import adapted, inject, save_adapter
-from model import SHAPES, CausalLM, Config, bos_eos, generate, init_weights, linear_factory, load_config, load_pretrained, load_tokenizer, \
-    save_pretrained, token_nll
+from lora import inject, save_adapter
+from model import SHAPES, CausalLM, Config, bos_eos, generate, init_weights, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
 
 # ================================================================================================== run machinery
 # Shared by train_lm.py and train_l3m.py: processes, the run directory, checkpoints, signals, metrics.
@@ -104,21 +103,22 @@ def open_run(out, settings, resume):
     settings: what must not change over the life of a run; kept in config.json.
     Raises ValueError if the directory holds a run and `resume` is off, or if the settings differ from those it was started with."""
     out, config = Path(out), Path(out) / "config.json"
-    if config.exists():
+    newest = max(out.glob("checkpoint-*"), default=None)
+    if newest:
         if not resume:
             raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
         old = json.loads(config.read_text())["settings"]
         changed = [f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in sorted(old | settings) if old.get(k) != settings.get(k)]
         if changed:
             raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}. Resume with the old ones, or choose another --out")
-    else:
+    else:                                                     # new, or stopped before its first checkpoint
         out.mkdir(parents=True, exist_ok=True)
         config.with_suffix(".tmp").write_text(json.dumps({"settings": settings}, indent=1))
         sync(config.with_suffix(".tmp"))
         os.replace(config.with_suffix(".tmp"), config)
     for leftover in out.glob("tmp-checkpoint-*"):
         shutil.rmtree(leftover)
-    return max(out.glob("checkpoint-*"), default=None)
+    return newest
 
 
 def save_checkpoint(out, step, tensors, state, best=None):
@@ -209,8 +209,8 @@ def arguments(argv=None):
     p.add_argument("--dry-run", action="store_true", help="print sizes, memory, steps and tokens as JSON and stop: no weights needed")
     p.add_argument("--demo", action="store_true", help="the whole path on made-up abstracts and a small model trained on the spot; about two minutes")
     args = p.parse_args(argv)
+    args.out = args.out or "out/" + ("demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{args.lora}"))
     args.lora = args.lora if args.lora in ("qkv", "all") else args.lora.split(",")
-    args.out = args.out or "out/" + ("demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{args.lora if isinstance(args.lora, str) else '+'.join(args.lora)}"))
     for name in ("rank", "batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
