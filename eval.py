@@ -9,6 +9,8 @@
     python eval.py semscore out/completions-s1-test.jsonl        # how near the completions come to the true abstracts
     python eval.py semscore --pairwise out/s1-all --across hep-th gr-qc    # how near abstracts are to each other, as the LLM sees them
     python eval.py signatures out/completions-s1-test.jsonl      # how completions fail: repetition, invented metadata, length
+    python eval.py compare out/s*-all out/s*-qkv --completions out/completions-s1-test.jsonl    # one table, one figure, all runs
+    python eval.py perplexity out/s1-all out/s10-all --across hep-th hep-ph gr-qc q-bio cs      # does physics training hurt elsewhere?
     python eval.py export out/s1-all --out merged --push ORG/NAME    # a 16-bit checkpoint with a model card, to the hub
 
 perplexity: of an abstract, exp(mean negative log-likelihood of its tokens after BOS), no EOS added; the figure is the mean over
@@ -25,6 +27,9 @@ and itself: 1. The prompt is in both, so its half alone scores high: compare wit
 signatures: over the words of each completion, lower-cased: Shannon entropy in bits; distinct-n, the share of different n-grams; the
 longest span of words that comes twice; length against the truth's; the share that goes on into invented metadata ("Comments: 12
 pages", keywords, arXiv numbers, URLs). The truth is judged too, as the row to compare with. Long completions also by windows.
+
+compare: gathers what the commands above left of each run (perplexity, SemScore, signatures, human rating) and the loss curves, smoothed
+within each epoch only, so that a step at an epoch's end stays one: `all` shows such steps, `qkv` does not (arXiv:2508.03716).
 
 export: the adapter merged into the 16-bit base, a checkpoint that transformers, vLLM and llama.cpp's converter open (or, with --what
 adapter, the adapter in peft's format), with a model card: base, data, hyperparameters, what was measured, licence.
@@ -53,6 +58,8 @@ from lora import load_adapter, merge
 from model import bos_eos, fetch, generate, load_pretrained, load_tokenizer, save_pretrained, token_nll
 from quant import NF4Linear
 from train_lm import fail, resolve_dtype, start_processes, sync
+
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]               # Okabe and Ito, colour-blind safe
 
 # ---------------------------------------------------------------------------------------------------------- runs and data
 
@@ -209,51 +216,90 @@ def perplexity(args):
     _, _, device = start_processes(args.device)
     dtype, quantize = resolve_dtype(args.dtype, device), None if args.quantize == "none" else "nf4"
     jobs, runs = find_models(args)
-    ids, texts, what = read_texts(*data_of(args, runs), args.split, args.samples, args.seed)
-    rows = []
+    data, subset = data_of(args, runs)
+    splits = {s: read_texts(data, s, args.split, args.samples, args.seed) for s in args.across or [subset]}
+    rows, base_name = [], {base: name for name, base, adapter in jobs if adapter is None}
     for name, base, adapter in jobs:
         tokenizer = load_tokenizer(base)
         model, how = load_model(base, adapter, quantize, dtype, device)
         if adapter and "NF4" in how and not quantize:
             print(f"note: {base} was saved in 4 bits, so {name} is evaluated unmerged on NF4", file=sys.stderr)
-        values, tokens = perplexities(model, tokenizer, texts, args.batch_tokens, name)
+        for s, (ids, texts, what) in splits.items():
+            values, tokens = perplexities(model, tokenizer, texts, args.batch_tokens, f"{name} {s}")
+            good = ~np.isnan(values)
+            if not good.any():
+                raise ValueError(f"{what} holds no abstract with text")
+            if not good.all():
+                print(f"note: {(~good).sum()} empty abstracts are left out", file=sys.stderr)
+            rows.append({"model": name, "base": base_name[base], "subset": s, "weights": how, "abstracts": int(good.sum()), "tokens": int(tokens.sum()),
+                         **summary(values[good]), "perplexity": dict(zip(np.array(ids)[good].tolist(), values[good].tolist()))})
         del model
-        good = ~np.isnan(values)
-        if not good.all():
-            print(f"note: {(~good).sum()} empty abstracts are left out", file=sys.stderr)
-        rows.append({"model": name, "weights": how, "abstracts": int(good.sum()), "tokens": int(tokens.sum()), **summary(values[good]),
-                     "perplexity": dict(zip(np.array(ids)[good].tolist(), values[good].tolist()))})
-    print(f"\nperplexity on {what}, {len(texts)} abstracts\n{'model':32} {'weights':18} {'mean':>8} {'95% interval':>17} {'median':>8} {'quartiles':>16} {'std':>7}")
+    what = f"{args.split} splits of {data}" if args.across else what
+    print(f"\nperplexity on {what}\n{'model':28} {'on':12} {'abstracts':>9} {'weights':18} {'mean':>8} {'95% interval':>17} {'median':>8} {'quartiles':>16} {'std':>7}")
     for r in rows:
-        print(f"{r['model'][-32:]:32} {r['weights']:18} {r['mean']:8.3f} {r['low']:8.3f} -{r['high']:7.3f} {r['median']:8.3f} "
+        print(f"{r['model'][-28:]:28} {r['subset'][:12]:12} {r['abstracts']:9d} {r['weights']:18} {r['mean']:8.3f} {r['low']:8.3f} -{r['high']:7.3f} {r['median']:8.3f} "
               f"{r['q1']:7.3f} -{r['q3']:7.3f} {r['std']:7.3f}")
     report = {"data": what, "split": args.split, "dtype": str(dtype), "seed": args.seed, "models": rows}
-    outputs = [args.json] if args.json else [Path(run) / f"perplexity-{'NF4' if quantize else '16bit'}.json" for run in args.runs]
-    for path in outputs:
+    file = f"{'across' if args.across else 'perplexity'}-{'NF4' if quantize else '16bit'}.json"
+    for path in [args.json] if args.json else [Path(run) / file for run in args.runs]:
         write_json(path, report)
-        draw_perplexity(rows, what, Path(path).with_suffix(".png"))
+        (draw_matrix if args.across else draw_perplexity)(rows, what, Path(path).with_suffix(".png"))
+
+
+def draw_matrix(rows, what, path):
+    """Mean perplexity of each model (row) on each category (column); the colour is the change against its base, in percent."""
+    plt = pyplot()
+    names, subsets = (list(dict.fromkeys(r[k] for r in rows)) for k in ("model", "subset"))
+    mean = {(r["model"], r["subset"]): r["mean"] for r in rows}
+    base = {r["model"]: r["base"] for r in rows}
+    change = np.array([[100 * (mean[n, s] / mean[base[n], s] - 1) for s in subsets] for n in names])          # (models, categories)
+    limit = max(1.0, np.abs(change).max())
+    fig, ax = plt.subplots(figsize=(3.5 + 1.1 * len(subsets), 1.5 + 0.45 * len(names)), layout="constrained")
+    image = ax.imshow(change, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+    for i, n in enumerate(names):
+        for j, s in enumerate(subsets):
+            text = f"{mean[n, s]:.2f}" + (f"\n{change[i, j]:+.1f}%" if n != base[n] else "")
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(change[i, j]) > 0.7 * limit else "black")
+    ax.set_xticks(range(len(subsets)), subsets)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_title(f"mean perplexity, {rows[0]['abstracts']} abstracts and more" if len({r['abstracts'] for r in rows}) > 1
+                 else f"mean perplexity, {rows[0]['abstracts']} abstracts each", fontsize=10)
+    fig.colorbar(image, label="change against the base, %")
+    save_figure(fig, path)
+
+
+def pyplot():
+    """matplotlib, for files only; imported here, so that nothing but a figure needs it."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(fig, path):
+    """As PNG and as PDF, and close it."""
+    for suffix in (".png", ".pdf"):
+        fig.savefig(Path(path).with_suffix(suffix), dpi=150)
+        print(f"written: {Path(path).with_suffix(suffix)}")
+    pyplot().close(fig)
 
 
 def draw_perplexity(rows, what, path):
     """Cumulative distribution of the abstracts' perplexities, one line a model, the mean with its interval as a point on it."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    colours = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]           # Okabe and Ito, colour-blind safe
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for i, r in enumerate(rows):
         values = np.sort(list(r["perplexity"].values()))
-        colour, style = colours[i % 7], ["-", "--", ":"][i // 7 % 3]
+        colour, style = COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3]
         ax.step(values, np.arange(1, len(values) + 1) / len(values), color=colour, ls=style, where="post",
                 label=f"{r['model']} ({r['weights']}): {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
         ax.errorbar(r["mean"], (values < r["mean"]).mean(), xerr=[[r["mean"] - r["low"]], [r["high"] - r["mean"]]], color=colour, marker="o", ms=5, capsize=3)
     ax.set(xscale="log", xlabel="perplexity of an abstract", ylabel="fraction of abstracts below", ylim=(0, 1), title=f"{what}, {len(values)} abstracts")
-    ax.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    ax.xaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.6)))
+    ax.xaxis.set_major_formatter(plt.ScalarFormatter())
+    ax.xaxis.set_minor_formatter(plt.LogFormatter(minor_thresholds=(2, 0.6)))
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8, title="mean with 95% interval", title_fontsize=8)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------------------------------------------ completions
@@ -636,6 +682,89 @@ def read_report(path):
         raise ValueError(f"{path} is no report of eval.py ({e}): write it again") from None
 
 
+COMPARED = ["perplexity", "perplexity, NF4", "SemScore", "overall", "entropy", "distinct-2", "longest repeat", "metadata"]      # a column each, if measured
+
+
+def compare(args):
+    """One table and one figure over runs and their bases, from the reports that the other commands wrote."""
+    settings = [read_run(run) for run in args.runs]
+    names = [Path(run).resolve().name for run in args.runs]
+    models = {Path(s["base"]).name if Path(s["base"]).is_dir() else s["base"]: (run, None) for run, s in zip(args.runs, settings)}
+    models |= {name: (run, s) for name, run, s in zip(names, args.runs, settings)}
+    if len(set(names)) < len(names):
+        raise ValueError("two runs have directories of the same name: rename one, so that the table can tell them apart")
+    rows = []
+    for name, (run, s) in models.items():
+        losses = [r["validation_loss"] for r in read_metrics(run) if "validation_loss" in r] if s else []
+        rows.append({"model": name, "lora": s and s["lora"], "subset": s and s["subset"], "validation loss": losses[-1] if losses else None,
+                     **measured(name, run, args.completions)})
+    columns = [c for c in COMPARED if any(c in r for r in rows)]
+    for lacking, command in (("perplexity", f"python eval.py perplexity {' '.join(args.runs)}"), ("SemScore", "python eval.py complete ..., then semscore"),
+                             ("entropy", "python eval.py signatures FILE"), ("overall", "python eval.py rate --collect FILE...")):
+        if lacking not in columns:
+            print(f"note: no {lacking} yet: {command}{'' if lacking == 'perplexity' or args.completions else ', and give --completions FILE'}", file=sys.stderr)
+    for c in ("perplexity", "perplexity, NF4"):
+        if len({(r[c]["on"], r[c]["abstracts"]) for r in rows if c in r}) > 1:
+            print(f"note: {c} was not measured on the same abstracts for all of these; run them in one command to compare them", file=sys.stderr)
+    print(f"\n{'model':24}{'validation loss':>16}" + "".join(f"{c:>25}" for c in columns))
+    for r in rows:
+        cells = [f"{r[c]['mean']:.3f} [{r[c]['low']:.3f}, {r[c]['high']:.3f}]" if c in r else "-" for c in columns]
+        print(f"{r['model'][-24:]:24}{r['validation loss'] or math.nan:16.4f}" + "".join(f"{c:>25}" for c in cells))
+    kept = [{k: {n: v[n] for n in ("mean", "low", "high")} if isinstance(v, dict) else v for k, v in r.items()} for r in rows]
+    out = Path(args.out or Path(args.runs[0]).resolve().parent / "compare")
+    write_json(out.with_suffix(".json"), {"completions": args.completions, "models": kept})
+    draw_comparison(rows, columns, {name: (read_metrics(run), s) for name, (run, s) in models.items() if s}, out.with_suffix(".png"))
+
+
+def smooth(epochs, losses, width):
+    """Running mean over `width` steps to each side, never across an epoch boundary. epochs: as logged, e.g. 1.0 ends the first."""
+    epochs, losses = np.ceil(np.array(epochs) - 1e-9), np.array(losses, float)
+    result = np.empty_like(losses)
+    for epoch in np.unique(epochs):
+        rows = np.flatnonzero(epochs == epoch)
+        sums = np.concatenate([[0], np.cumsum(losses[rows])])
+        low, high = np.maximum(np.arange(len(rows)) - width, 0), np.minimum(np.arange(len(rows)) + width + 1, len(rows))
+        result[rows] = (sums[high] - sums[low]) / (high - low)
+    return result
+
+
+def draw_comparison(rows, columns, curves, path):
+    """Above: one panel a quantity, one line a model, mean with 95% interval, the base's as a dashed line. Below: training losses by adapted matrices."""
+    plt = pyplot()
+    kinds = list(dict.fromkeys(str(s["lora"]) for _, s in curves.values()))
+    look = {kind: (COLOURS[1 + i % 6], "osD^vP"[i % 6]) for i, kind in enumerate(kinds)}
+    fig = plt.figure(figsize=(max(8, 1.5 + 1.9 * len(columns)), 4.8 + 0.24 * len(rows)), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=[1.4 + 0.24 * len(rows), 3.4]) if columns else (None, fig)
+    for c, ax in zip(columns, above.subplots(1, len(columns), sharey=True, squeeze=False)[0] if columns else []):
+        for y, r in enumerate(rows):
+            colour, marker = look[str(r["lora"])] if r["lora"] else (COLOURS[0], "*")
+            if c in r:
+                ax.errorbar(r[c]["mean"], y, xerr=[[r[c]["mean"] - r[c]["low"]], [r[c]["high"] - r[c]["mean"]]], color=colour, marker=marker, ms=6, capsize=3)
+                if not r["lora"]:
+                    ax.axvline(r[c]["mean"], color="0.6", ls="--", lw=1, zorder=0)
+        ax.set_title({"overall": "human rating"}.get(c, c), fontsize=10)
+        ax.set_yticks(range(len(rows)), [r["model"] for r in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.grid(axis="x", alpha=0.3)
+    axes = below.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
+    for kind, ax in zip(kinds, axes):
+        of_kind = {name: [r for r in metrics if "loss" in r] for name, (metrics, s) in curves.items() if str(s["lora"]) == kind}
+        for i, (name, records) in enumerate(of_kind.items()):
+            epoch, loss = [r["epoch"] for r in records], [r["loss"] for r in records]
+            single = len(of_kind) == 1                        # one curve a panel: in the colour that its marker has above
+            colour, style = look[kind][0] if single else COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3]
+            if single:
+                ax.plot(epoch, loss, color=colour, lw=0.6, alpha=0.3)
+            ax.plot(epoch, smooth(epoch, loss, max(1, len(loss) // 50)), color=colour, ls=style, lw=1.5, label=name)
+        for boundary in range(1, math.ceil(max((r["epoch"] for records in of_kind.values() for r in records), default=0))):
+            ax.axvline(boundary, color="0.5", ls=":", lw=1, zorder=0)
+        ax.set(title=f"training loss, LoRA on {kind}", xlabel="epoch (dotted: an epoch ends)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, ncols=1 + len(of_kind) // 6)
+    axes[0].set_ylabel("nats a token")
+    save_figure(fig, path)
+
+
 def model_card(name, settings, base_id, run, completions, licence, what):
     """README.md of an exported model: front matter that the hub reads, then base, data, hyperparameters, measurements, licence."""
     base_name = base_id or Path(settings["base"]).name
@@ -751,6 +880,7 @@ def main(argv=None):
     p = command(perplexity, "base model and runs on a split or a JSONL file", "Mean perplexity of abstracts for the base model and any number of runs.")
     model_flags(p)
     text_flags(p, 0)
+    p.add_argument("--across", nargs="+", metavar="CATEGORY", help="a matrix: models by these categories' splits, in place of --subset")
     p.add_argument("--batch-tokens", type=int, default=4096, help="tokens in one forward pass; changes memory and speed only")
     p.add_argument("--json", help="where the results go (a figure beside it); default: into each run directory")
 
@@ -777,6 +907,11 @@ def main(argv=None):
     p = command(signatures, "repetition, invented metadata and length of completions", "How completions fail, per model, with the truth as the row to compare with.")
     p.add_argument("runs", nargs="+", metavar="FILE", help="the file that complete wrote")
     p.add_argument("--window", type=int, default=250, help="words of a window; 2,000 tokens are about 1,400 words")
+
+    p = command(compare, "one table and one figure over any number of runs", "What was measured of runs and bases, side by side, with the loss curves.")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run directories of train_lm.py")
+    p.add_argument("--completions", metavar="FILE", help="file of complete; SemScore, signatures and rating lie beside it")
+    p.add_argument("--out", metavar="NAME", help="NAME.json, NAME.png, NAME.pdf; default: compare, beside the first run's directory")
 
     p = command(export, "merge a run into a checkpoint with a model card; upload it", "Write a run as a 16-bit checkpoint (or its adapter) with a model card.")
     p.add_argument("run", metavar="RUN", help="run directory of train_lm.py")

@@ -109,3 +109,48 @@ def test_refusals(tiny, trained, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "abstract": "x"}\n{"id": 2}\n')
     assert "bad.jsonl, line 2" in error(trained, "--data", tmp_path / "bad.jsonl")
     assert "unavailable" in error(trained, "--subset", "own")
+
+
+def test_across_categories(tiny, trained, tmp_path, capsys):
+    """The matrix holds, cell by cell, what a run on that category alone gives."""
+    rows = perplexity(tmp_path, trained, "--across", "hep-th", "cs", "q-bio", "--samples", 6)
+    assert [(r["model"], r["subset"]) for r in rows] == [(m, s) for m in ("base", "s1-all") for s in ("hep-th", "cs", "q-bio")]
+    assert all((tmp_path / f"p.{suffix}").stat().st_size > 5000 for suffix in ("png", "pdf"))
+    alone = perplexity(tmp_path, trained, "--subset", "cs", "--samples", 6)
+    assert [alone[0]["perplexity"], alone[1]["perplexity"]] == [rows[1]["perplexity"], rows[4]["perplexity"]]
+
+
+def test_compare(tiny, trained, tmp_path, capsys):
+    """The table and compare.json repeat what the reports say, for runs and base; what is lacking is named with its command."""
+    other = tmp_path / "s1-qkv"
+    shutil.copytree(trained, other)
+    config = json.loads((other / "config.json").read_text())
+    config["settings"]["lora"] = "qkv"
+    (other / "config.json").write_text(json.dumps(config))
+    nano_eval.main(["perplexity", str(trained), str(other), "--samples", "6", "--device", "cpu", "--dtype", "float32"])
+    (tmp_path / "c.semscore.json").write_text(json.dumps({"models": [{"model": m, "mean": x, "low": x - 0.1, "high": x + 0.1, "abstracts": 3}
+                                                                     for m, x in (("base", 0.5), ("s1-all", 0.75))]}))
+    capsys.readouterr()
+    nano_eval.main(["compare", str(trained), str(other), "--completions", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "compare")])
+    base, run, twin = json.loads((tmp_path / "compare.json").read_text())["models"]
+    report = json.loads((trained / "perplexity-16bit.json").read_text())["models"]
+    assert [r["model"] for r in (base, run, twin)] == ["base", "s1-all", "s1-qkv"] and [base["lora"], run["lora"], twin["lora"]] == [None, "all", "qkv"]
+    assert [r["perplexity"]["mean"] for r in (base, run, twin)] == [r["mean"] for r in report]
+    assert run["SemScore"] == pytest.approx({"mean": 0.75, "low": 0.65, "high": 0.85}) and "SemScore" not in twin
+    losses = [json.loads(line).get("validation_loss") for line in open(trained / "metrics.jsonl")]
+    assert run["validation loss"] == [x for x in losses if x][-1]
+    printed = capsys.readouterr()
+    line = next(x for x in printed.out.splitlines() if x.startswith("s1-all"))
+    assert f"{report[1]['mean']:.3f} [{report[1]['low']:.3f}, {report[1]['high']:.3f}]" in line and "0.750 [0.650, 0.850]" in line
+    assert "no entropy yet: python eval.py signatures" in printed.err and "rate --collect" in printed.err
+    assert all((tmp_path / f"compare.{suffix}").stat().st_size > 10000 for suffix in ("png", "pdf"))
+
+
+def test_smoothing_keeps_the_step():
+    """A loss that falls at each epoch's end keeps its edge; within an epoch it is the running mean."""
+    epochs = np.arange(1, 301) / 100
+    step = np.where(epochs <= 1, 3.0, np.where(epochs <= 2, 2.0, 1.0))
+    assert np.array_equal(nano_eval.smooth(epochs, step, 10), step)
+    noise = np.random.default_rng(0).normal(size=300)
+    smoothed = nano_eval.smooth(epochs, noise, 10)
+    assert smoothed[50] == pytest.approx(noise[40:61].mean()) and smoothed[100] == pytest.approx(noise[100:111].mean())
