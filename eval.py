@@ -9,6 +9,7 @@
     python eval.py semscore out/completions-s1-test.jsonl        # how near the completions come to the true abstracts
     python eval.py semscore --pairwise out/s1-all --across hep-th gr-qc    # how near abstracts are to each other, as the LLM sees them
     python eval.py signatures out/completions-s1-test.jsonl      # how completions fail: repetition, invented metadata, length
+    python eval.py rate out/completions-s1-test.jsonl            # a page for blind rating by experts; then the same with --collect *.json
     python eval.py compare out/s*-all out/s*-qkv --completions out/completions-s1-test.jsonl    # one table, one figure, all runs
     python eval.py perplexity out/s1-all out/s10-all --across hep-th hep-ph gr-qc q-bio cs      # does physics training hurt elsewhere?
     python eval.py export out/s1-all --out merged --push ORG/NAME    # a 16-bit checkpoint with a model card, to the hub
@@ -28,6 +29,10 @@ signatures: over the words of each completion, lower-cased: Shannon entropy in b
 longest span of words that comes twice; length against the truth's; the share that goes on into invented metadata ("Comments: 12
 pages", keywords, arXiv numbers, URLs). The truth is judged too, as the row to compare with. Long completions also by windows.
 
+rate: one HTML page for any browser, without a network: truth and completions of each abstract in random order without names, 1-10 each for
+grammar, coherence, relevance, accuracy, creativity and overall (the criteria of arXiv:2508.03716). Which text is whose stays in a key
+file here. Completions are untrusted text and cannot run in the page. --collect joins the raters' files; agreement is Krippendorff's alpha.
+
 compare: gathers what the commands above left of each run (perplexity, SemScore, signatures, human rating) and the loss curves, smoothed
 within each epoch only, so that a step at an epoch's end stays one: `all` shows such steps, `qkv` does not (arXiv:2508.03716).
 
@@ -35,6 +40,8 @@ export: the adapter merged into the 16-bit base, a checkpoint that transformers,
 adapter, the adapter in peft's format), with a model card: base, data, hyperparameters, what was measured, licence.
 """
 import argparse
+import base64
+import hashlib
 import json
 import math
 import os
@@ -259,7 +266,7 @@ def draw_matrix(rows, what, path):
     for i, n in enumerate(names):
         for j, s in enumerate(subsets):
             text = f"{mean[n, s]:.2f}" + (f"\n{change[i, j]:+.1f}%" if n != base[n] else "")
-            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(change[i, j]) > 0.7 * limit else "black")
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(change[i, j]) > 0.5 * limit else "black")
     ax.set_xticks(range(len(subsets)), subsets)
     ax.set_yticks(range(len(names)), names)
     ax.set_title(f"mean perplexity, {rows[0]['abstracts']} abstracts and more" if len({r['abstracts'] for r in rows}) > 1
@@ -654,6 +661,278 @@ def signatures(args):
     write_json(path.with_suffix(".signatures.json"), {"file": str(path), "window": args.window, "models": rows, "drift": drift})
 
 
+# ----------------------------------------------------------------------------------------------------------- human rating
+
+CRITERIA = ["grammar", "coherence", "relevance", "accuracy", "creativity", "overall"]
+STYLE = """
+body { font: 17px/1.5 Georgia, serif; max-width: 52rem; margin: 1.5rem auto; padding: 0 1rem; color: #111; background: #fff }
+header, nav, legend, label, h2, h3, #hint { font-family: system-ui, sans-serif } h2 { font-size: 1.2rem } h3 { font-size: 1rem; margin: 0 }
+#hint { font-size: 0.85rem; color: #555 } #message { color: #a40000; font-weight: bold } progress { width: 12rem }
+.prompt { background: #f1f1f1; padding: 0.6rem 1rem } .text { white-space: pre-wrap; overflow-wrap: anywhere }
+section { border: 1px solid #bbb; border-radius: 6px; padding: 0.8rem 1rem; margin: 1rem 0 }
+fieldset { border: 0; border-left: 4px solid transparent; padding: 0 0.4rem; margin: 0; display: flex; gap: 0.5rem }
+fieldset:focus-within { border-left-color: #0072b2; background: #eef6fb } fieldset.rated legend::after { content: " \\2713" }
+legend { float: left; width: 7rem; font-size: 0.9rem } label { font-size: 0.85rem } button { font-size: 1rem; padding: 0.2rem 0.8rem }
+.frac { display: inline-block; vertical-align: middle; text-align: center; font-size: 0.85em; line-height: 1.15 } .frac > * { display: block; padding: 0 0.15em }
+.frac > :first-child { border-bottom: 1px solid } .root { border-top: 1px solid } .cal { font-family: "Snell Roundhand", "URW Chancery L", cursive }
+.rm, .rm i { font-style: normal } sub, sup { font-size: 0.7em; line-height: 0 }
+"""
+SCRIPT = r"""
+"use strict";
+// Completions are untrusted: text enters the page through text nodes alone, never as HTML.
+function element(tag, name, ...children) {
+  const e = document.createElement(tag);
+  if (name) e.className = name;
+  e.append(...children);
+  return e;
+}
+
+// LaTeX between dollars, \( \) and \[ \] becomes HTML elements; commands that are not known here stay as source.
+const SYMBOLS = {}, pairs = `alpha α beta β gamma γ delta δ epsilon ϵ varepsilon ε zeta ζ eta η theta θ vartheta ϑ iota ι kappa κ lambda λ mu μ nu ν xi ξ pi π rho ρ
+ sigma σ tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Upsilon Υ Phi Φ Psi Ψ Omega Ω times × cdot · pm ± mp ∓
+ to → rightarrow → leftarrow ← leftrightarrow ↔ Rightarrow ⇒ mapsto ↦ infty ∞ sim ∼ simeq ≃ approx ≈ equiv ≡ cong ≅ propto ∝ le ≤ leq ≤ ge ≥ geq ≥ ll ≪ gg ≫ ne ≠ neq ≠
+ lesssim ≲ gtrsim ≳ partial ∂ nabla ∇ int ∫ oint ∮ sum ∑ prod ∏ in ∈ notin ∉ subset ⊂ supset ⊃ cup ∪ cap ∩ otimes ⊗ oplus ⊕ wedge ∧ vee ∨ forall ∀ exists ∃ langle ⟨ rangle ⟩
+ ldots … dots … cdots ⋯ dagger † ddagger ‡ star ⋆ ast ∗ circ ∘ bullet • ell ℓ hbar ℏ Re ℜ Im ℑ prime ′ perp ⊥ parallel ∥ mid | setminus ∖ Box □ aleph ℵ vert | Vert ‖`.split(/\s+/);
+for (let i = 0; i < pairs.length; i += 2) SYMBOLS["\\" + pairs[i]] = pairs[i + 1];
+for (const f of ["sin", "cos", "tan", "exp", "log", "ln", "det", "dim", "lim", "max", "min", "ker"]) SYMBOLS["\\" + f] = f;
+for (const s of ["\\left", "\\right", "\\big", "\\Big", "\\displaystyle", "\\!"]) SYMBOLS[s] = "";
+for (const s of ["\\,", "\\;", "\\:", "\\ ", "\\quad", "\\qquad", "~"]) SYMBOLS[s] = " ";
+for (const c of "{}%&#$_") SYMBOLS["\\" + c] = c;
+Object.assign(SYMBOLS, {"-": "−", "'": "′"});
+const FONTS = {bf: ["b"], rm: ["span", "rm"], it: ["i"], cal: ["span", "cal"], bb: ["b"], text: ["span", "rm"], operatorname: ["span", "rm"], boldsymbol: ["b"]};
+for (const f of ["bf", "rm", "it", "cal", "bb"]) FONTS["math" + f] = FONTS["text" + f] = FONTS[f];
+const BB = {A: "𝔸", C: "ℂ", H: "ℍ", N: "ℕ", P: "ℙ", Q: "ℚ", R: "ℝ", S: "𝕊", T: "𝕋", Z: "ℤ"};
+const ACCENTS = {"\\bar": "\u0304", "\\overline": "\u0305", "\\hat": "\u0302", "\\widehat": "\u0302", "\\tilde": "\u0303", "\\widetilde": "\u0303",
+                 "\\dot": "\u0307", "\\ddot": "\u0308", "\\vec": "\u20d7"};
+
+function sequence(t) {                                        // up to the end of the group
+  const out = document.createDocumentFragment();
+  while (t.i < t.tokens.length && t.tokens[t.i] !== "}") out.append(atom(t));
+  return out;
+}
+
+function atom(t) {
+  if (t.i >= t.tokens.length) throw new Error("an argument is missing");
+  const x = t.tokens[t.i++], name = x.slice(1);
+  if (x === "{") {
+    const inside = sequence(t);
+    if (t.tokens[t.i++] !== "}") throw new Error("a brace is not closed");
+    return inside;
+  }
+  if (/\s/.test(x)) return " ";
+  if (x === "^" || x === "_") return element(x === "^" ? "sup" : "sub", "", argument(t));
+  if (x === "\\frac") return element("span", "frac", element("span", "", argument(t)), element("span", "", argument(t)));
+  if (x === "\\sqrt") return element("span", "", "√", element("span", "root", argument(t)));
+  if (Object.hasOwn(ACCENTS, x)) return element("span", "", argument(t), ACCENTS[x]);
+  if (x[0] === "\\" && Object.hasOwn(FONTS, name)) {           // \cal N: a switch up to the group's end; \mathcal{N}: an argument
+    const inside = name.length < 4 ? sequence(t) : argument(t);
+    if (name.endsWith("bb") && Object.hasOwn(BB, inside.textContent)) return BB[inside.textContent];
+    return element(FONTS[name][0], FONTS[name][1], inside);
+  }
+  if (Object.hasOwn(SYMBOLS, x)) return SYMBOLS[x];
+  return /^[a-zA-Z]$/.test(x) ? element("i", "", x) : x;
+}
+
+function argument(t) {
+  while (t.tokens[t.i] === " ") t.i++;
+  const out = document.createDocumentFragment();
+  out.append(atom(t));
+  return out;
+}
+
+function tex(text) {
+  const out = document.createDocumentFragment();
+  text.split(/(\$\$[^$]+\$\$|\$[^$]+\$|\\\([^]+?\\\)|\\\[[^]+?\\\])/).forEach((part, i) => {
+    if (i % 2 === 0) return out.append(part);
+    const source = part.startsWith("$$") || part[0] === "\\" ? part.slice(2, -2) : part.slice(1, -1);
+    const t = {tokens: source.match(/\\[a-zA-Z]+|\\[^]|[^]/gu) || [], i: 0};
+    try {
+      const math = sequence(t);
+      out.append(t.i < t.tokens.length ? part : element("span", "math", math));
+    } catch (e) { out.append(part); }                         // not well formed, or nested too deep: the source
+  });
+  return out;
+}
+
+const data = JSON.parse(document.getElementById("data").textContent), slot = "ratings " + data.page;
+const main = document.querySelector("main"), rater = document.getElementById("rater"), message = document.getElementById("message");
+let state = {rater: "", at: 0, ratings: {}};
+try { Object.assign(state, JSON.parse(localStorage.getItem(slot))); } catch (e) { message.textContent = "This browser keeps nothing: save before you close the page."; }
+
+function keep() {
+  try { localStorage.setItem(slot, JSON.stringify(state)); } catch (e) { message.textContent = "This browser keeps nothing: save before you close the page."; }
+  const total = data.criteria.length * data.abstracts.reduce((n, a) => n + a.texts.length, 0);
+  const done = Object.values(state.ratings).reduce((n, r) => n + Object.keys(r).length, 0);
+  document.getElementById("progress").value = done / total;
+  document.getElementById("count").textContent = `${done} of ${total}`;
+}
+
+function card(text, a, j) {
+  const item = `${a.key}/${j}`, section = element("section", "", element("h3", "", "Continuation " + String.fromCharCode(65 + j)), element("p", "text", tex(text)));
+  for (const criterion of data.criteria) {
+    const row = element("fieldset", "", element("legend", "", criterion));
+    for (let n = 1; n <= 10; n++) {
+      const input = element("input");
+      Object.assign(input, {type: "radio", name: item + criterion, value: n, checked: (state.ratings[item] || {})[criterion] === n});
+      input.addEventListener("change", () => {
+        (state.ratings[item] ||= {})[criterion] = n;
+        row.className = "rated";
+        keep();
+      });
+      row.append(element("label", "", input, String(n)));
+    }
+    if ((state.ratings[item] || {})[criterion]) row.className = "rated";
+    section.append(row);
+  }
+  return section;
+}
+
+function draw(step) {
+  state.at = Math.min(Math.max(state.at + step, 0), data.abstracts.length - 1);
+  const a = data.abstracts[state.at];
+  main.replaceChildren(element("h2", "", `Abstract ${state.at + 1} of ${data.abstracts.length}`), element("p", "prompt text", tex(a.prompt)), ...a.texts.map((text, j) => card(text, a, j)));
+  keep();
+  scrollTo(0, 0);
+}
+
+function go(rows, i) {
+  const row = rows[Math.min(Math.max(i, 0), rows.length - 1)];
+  (row.querySelector(":checked") || row.querySelector("input")).focus();
+  row.scrollIntoView({block: "center"});
+}
+
+document.addEventListener("keydown", e => {
+  if (e.target === rater || e.ctrlKey || e.metaKey || e.altKey) return;
+  const rows = [...main.querySelectorAll("fieldset")], i = rows.indexOf(document.activeElement.closest("fieldset"));
+  if (/^[0-9]$/.test(e.key)) {
+    rows[Math.max(i, 0)].querySelectorAll("input")[(Number(e.key) + 9) % 10].click();
+    go(rows, Math.max(i, 0) + 1);
+  } else if (e.key === "ArrowDown" || e.key === "ArrowUp") go(rows, i + (e.key === "ArrowDown" ? 1 : -1));
+  else if (e.key === "n" || e.key === "p") draw(e.key === "n" ? 1 : -1);
+  else return;
+  e.preventDefault();
+});
+
+rater.value = state.rater;
+rater.addEventListener("input", () => { state.rater = rater.value.trim(); keep(); });
+document.getElementById("previous").addEventListener("click", () => draw(-1));
+document.getElementById("next").addEventListener("click", () => draw(1));
+document.getElementById("save").addEventListener("click", () => {
+  message.textContent = state.rater ? "" : "Give your name first: it tells your ratings from the others'.";
+  if (!state.rater) return rater.focus();
+  const link = element("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify({page: data.page, rater: state.rater, ratings: state.ratings}, null, 1)], {type: "application/json"}));
+  link.download = `ratings-${state.rater.replace(/[^a-zA-Z0-9]+/g, "_")}-${data.page}.json`;
+  link.click();
+});
+draw(0);
+"""
+
+
+def rating_page(abstracts, page):
+    """The self-contained HTML. A content security policy lets this script and this style run and nothing else, and loads nothing."""
+    sha = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in (("script", SCRIPT), ("style", STYLE))}
+    policy = f"default-src 'none'; script-src 'sha256-{sha['script']}'; style-src 'sha256-{sha['style']}'; base-uri 'none'; form-action 'none'"
+    data = json.dumps({"page": page, "criteria": CRITERIA, "abstracts": abstracts}).replace("<", "\\u003c")       # no text can close the element
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>Rate abstracts</title><style>{STYLE}</style></head><body>
+<header><label>Your name <input id="rater" type="text"></label> <progress id="progress"></progress> <span id="count"></span> <button id="save">Save as JSON</button>
+<p id="hint">The beginning of an abstract, then several continuations in random order. Rate each from 1 (worst) to 10 (best). Keys: 1 to 9, and 0 for ten, rate and go on;
+up and down choose a line; n and p turn to the next and previous abstract. What you enter stays in this browser until you save it.</p><p id="message" role="alert"></p></header>
+<main></main><nav><button id="previous">Previous</button> <button id="next">Next</button></nav>
+<script type="application/json" id="data">{data}</script><script>{SCRIPT}</script></body></html>
+"""
+
+
+def rate(args):
+    """Write the page for blind rating, and the key that tells which text is whose; or collect the raters' files."""
+    path, records = read_file(args)
+    if args.collect:
+        return collect(path, args.collect)
+    models = grouped(records)
+    ids = [i for i in next(iter(models.values())) if all(i in of_model for of_model in models.values())]
+    if not ids:
+        raise ValueError(f"no abstract of {path} has a completion by every model: finish `eval.py complete` first")
+    rng, abstracts, key = np.random.default_rng(args.seed), [], {}
+    for n, i in enumerate(rng.permutation(ids)[:args.samples or None].tolist()):
+        first = next(iter(models.values()))[i]
+        texts = [("truth", first["truth"])] + [(model, of_model[i]["completion"]) for model, of_model in models.items()]
+        order = rng.permutation(len(texts))
+        abstracts.append({"key": n, "prompt": first["prompt"], "texts": [texts[k][1].strip() for k in order]})
+        key |= {f"{n}/{j}": {"id": i, "model": texts[k][0]} for j, k in enumerate(order)}
+    page = hashlib.sha256(json.dumps(abstracts).encode()).hexdigest()[:12]
+    html = Path(args.out or path.with_suffix(".rate.html"))
+    with data_arxiv.replacing(html) as file:
+        file.write(rating_page(abstracts, page).encode())
+    print(f"written: {html} ({len(abstracts)} abstracts, {len(models) + 1} texts each): give it to the raters")
+    write_json(path.with_suffix(f".{page}.key.json"), key)
+    print(f"keep the key to yourself; then: python eval.py rate {path} --collect RATER1.json RATER2.json ...")
+
+
+def krippendorff_alpha(values):
+    """Agreement of raters beyond chance, Krippendorff's alpha for interval data: 1 - observed / expected squared difference of pairs.
+
+    values (raters, items), NaN where a rater gave none; items with one rating say nothing. 1: full agreement, 0: as by chance; NaN where
+    there is nothing to compare. K. Krippendorff, Content Analysis (2004), chapter 11."""
+    items = [v[~np.isnan(v)] for v in values.T]
+    items = [v for v in items if len(v) > 1]
+    every = np.concatenate(items) if items else np.empty(0)
+    observed = sum(((v[:, None] - v) ** 2).sum() / (len(v) - 1) for v in items) / max(1, len(every))
+    expected = 2 * len(every) * every.var() / (len(every) - 1) if len(every) else 0.0       # over all pairs, whoever rated whatever
+    return float(1 - observed / expected) if expected else math.nan
+
+
+def read_rating(file, path):
+    """A rater's file -> (rater, {(model, abstract id): {criterion: 1..10}}), by the key of its page. ValueError naming what is wrong."""
+    try:
+        saved = json.loads(Path(file).read_text())
+        rater, page, ratings = str(saved["rater"]), str(saved["page"]), saved["ratings"].items()
+        if not re.fullmatch("[0-9a-f]{12}", page):
+            raise ValueError(f"page {page!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file} is no file that the rating page saved ({e})") from None
+    key = read_report(path.with_suffix(f".{page}.key.json"))
+    if not key:
+        raise ValueError(f"{file} rates a page whose key {path.with_suffix(f'.{page}.key.json')} is not there: is it for another file of completions?")
+    result = {}
+    for item, marks in ratings:
+        if item not in key or not isinstance(marks, dict) or any(c not in CRITERIA or type(v) is not int or not 1 <= v <= 10 for c, v in marks.items()):
+            raise ValueError(f"{file}: item {item} is not on its page, or has a mark that is not a number from 1 to 10")
+        result[key[item]["model"], key[item]["id"]] = marks
+    return rater, result
+
+
+def collect(path, files):
+    """Several raters' files -> per model and criterion the mean over abstracts (of the mean over raters) with its interval; agreement."""
+    raters = {}
+    for file in files:
+        rater, ratings = read_rating(file, path)
+        if rater in raters:
+            raise ValueError(f"{file}: there is another file by the rater {rater}")
+        raters[rater] = ratings
+    items = list(dict.fromkeys(item for ratings in raters.values() for item in ratings))
+    marks = {c: np.array([[ratings.get(item, {}).get(c, np.nan) for item in items] for ratings in raters.values()], float).reshape(len(raters), -1)
+             for c in CRITERIA}                                                         # (raters, items)
+    agreement, rows = {c: krippendorff_alpha(v) for c, v in marks.items()}, []
+    for model in dict.fromkeys(model for model, _ in items):
+        means = {}
+        for c, v in marks.items():
+            v = v[:, [m == model for m, _ in items]]
+            v = v[:, ~np.isnan(v).all(0)]
+            if v.size:
+                means[c] = {**summary(np.nanmean(v, 0)), "abstracts": v.shape[1], "ratings": int((~np.isnan(v)).sum())}
+        rows.append({"model": model, "means": means})
+    if not any(r["means"] for r in rows):
+        raise ValueError("these files hold no rating yet")
+    print(f"\nhuman rating, 1-10, of {path} by {', '.join(raters)}: mean over abstracts [95% interval]\n{'model':24}" + "".join(f"{c:>21}" for c in CRITERIA) + "   ratings")
+    for r in sorted(rows, key=lambda r: -r["means"].get("overall", {"mean": 0})["mean"]):
+        cells = [f"{r['means'][c]['mean']:.2f} [{r['means'][c]['low']:.2f}, {r['means'][c]['high']:.2f}]" if c in r["means"] else "-" for c in CRITERIA]
+        print(f"{r['model'][-24:]:24}" + "".join(f"{c:>21}" for c in cells) + f"{sum(m['ratings'] for m in r['means'].values()):10d}")
+    print(f"{'agreement (alpha)':24}" + "".join(f"{a:21.3f}" for a in agreement.values()))
+    write_json(path.with_suffix(".rating.json"), {"file": str(path), "raters": list(raters), "models": rows,
+                                                  "agreement": {c: None if math.isnan(a) else a for c, a in agreement.items()}})
+
+
 # ----------------------------------------------------------------------------------------------- what was measured; sharing
 
 
@@ -907,6 +1186,13 @@ def main(argv=None):
     p = command(signatures, "repetition, invented metadata and length of completions", "How completions fail, per model, with the truth as the row to compare with.")
     p.add_argument("runs", nargs="+", metavar="FILE", help="the file that complete wrote")
     p.add_argument("--window", type=int, default=250, help="words of a window; 2,000 tokens are about 1,400 words")
+
+    p = command(rate, "a page for blind rating by experts; collect their files", "One HTML page for blind rating of truth and completions, and the table from the raters' files.")
+    p.add_argument("runs", nargs="+", metavar="FILE", help="the file that complete wrote")
+    p.add_argument("--samples", type=int, default=12, help="so many abstracts, drawn with --seed; 0: all")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--out", metavar="HTML", help="the page; default: FILE with .rate.html")
+    p.add_argument("--collect", nargs="+", metavar="JSON", help="files that raters saved: means, intervals, agreement, by model")
 
     p = command(compare, "one table and one figure over any number of runs", "What was measured of runs and bases, side by side, with the loss curves.")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run directories of train_lm.py")
