@@ -22,8 +22,8 @@ Every abstract has its own random stream, a function of --seed and its id, so al
 for each abstract and model (id, prompt, truth, completion, model, settings); the same command goes on where it was stopped.
 
 semscore (arXiv:2401.17072): the cosine between sentence embeddings of the full abstract and of prompt + completion. The encoder,
-MPNet (arXiv:2004.09297) or BERT (arXiv:1810.04805), is computed here from its raw safetensors: mean over at most 384 tokens. A text
-and itself: 1. The prompt is in both, so its half alone scores high: compare with "prompt alone", the floor, rather than with 0.
+MPNet (arXiv:2004.09297) or BERT (arXiv:1810.04805), is computed here from its raw safetensors: mean over at most 384 tokens. The
+prompt is in both texts, so it alone scores high already: the row "prompt alone" shows how high.
 
 signatures: over the words of each completion, lower-cased: Shannon entropy in bits; distinct-n, the share of different n-grams; the
 longest span of words that comes twice; length against the truth's; the share that goes on into invented metadata ("Comments: 12
@@ -643,7 +643,8 @@ def signatures(args):
     rows, drift = [], []
     for model, pairs in tqdm(texts.items(), desc="signatures", unit="model", dynamic_ncols=True):
         measured = [signature(*pair) for pair in pairs.values()]
-        rows.append({"model": model, "abstracts": len(measured), "means": {k: summary(np.array([m[k] for m in measured], float)) for k in measured[0]}})
+        rows.append({"model": model, "abstracts": len(measured), "means": {
+            k: {**summary(np.array([m[k] for m in measured], float)), "abstracts": len(measured)} for k in measured[0]}})
         windows = [[words[i:i + args.window] for i in range(0, len(words) - args.window + 1, args.window)] for words in (words_of(t) for t, _ in pairs.values())]
         windows = [w for w in windows if len(w) > 1]
         for k in range(max(map(len, windows), default=0)):
@@ -768,7 +769,7 @@ function keep() {
 }
 
 function card(text, a, j) {
-  const item = `${a.key}/${j}`, section = element("section", "", element("h3", "", "Continuation " + String.fromCharCode(65 + j)), element("p", "text", tex(text)));
+  const item = `${a.key}/${j}`, section = element("section", "", element("h3", "", "Continuation " + String.fromCharCode(65 + j)), element("p", "text", text ? tex(text) : "(nothing)"));
   for (const criterion of data.criteria) {
     const row = element("fieldset", "", element("legend", "", criterion));
     for (let n = 1; n <= 10; n++) {

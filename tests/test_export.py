@@ -56,12 +56,16 @@ def test_merged(tiny, run, tmp_path, capsys):
 
 
 def test_card(tiny, run, tmp_path):
-    nano_eval.main(["export", str(run), "--out", str(tmp_path / "a"), "--what", "adapter", "--base-id", "meta-llama/Llama-3.1-8B"])
+    completions = tmp_path / "c.jsonl"
+    nano_eval.main(["complete", str(run), "--samples", "3", "--max-new-tokens", "9", "--out", str(completions), "--device", "cpu", "--dtype", "float32"])
+    nano_eval.main(["signatures", str(completions)])
+    nano_eval.main(["export", str(run), "--out", str(tmp_path / "a"), "--what", "adapter", "--base-id", "meta-llama/Llama-3.1-8B", "--completions", str(completions)])
     card = (tmp_path / "a" / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model: meta-llama/Llama-3.1-8B\n" in front and "license: llama3.1\n" in front and "library_name: peft" in front
     rows = json.loads((run / "perplexity-16bit.json").read_text())["models"]
-    for text in ("Built with Llama.", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
+    words = next(r["means"]["words"] for r in json.loads((tmp_path / "c.signatures.json").read_text())["models"] if r["model"] == "s1-qkv")
+    for text in ("Built with Llama.", f"| s1-qkv | words | {words['mean']:.4g} | {words['low']:.4g} - {words['high']:.4g} | 3 abstracts |", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
                  *(f"| {r['model']} | perplexity | {r['mean']:.4g} | {r['low']:.4g} - {r['high']:.4g} | 5 abstracts, s1 test |" for r in rows)):
         assert text in card, text
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "meta-llama/Llama-3.1-8B"
