@@ -251,6 +251,8 @@ def perplexity(args):
     for path in [args.json] if args.json else [Path(run) / file for run in args.runs]:
         write_json(path, report)
         (draw_matrix if args.across else draw_perplexity)(rows, what, Path(path).with_suffix(".png"))
+    if not (args.json or args.runs):
+        print("note: add --json FILE to keep these figures", file=sys.stderr)
 
 
 def draw_matrix(rows, what, path):
@@ -346,7 +348,10 @@ def open_completions(path):
     """-> (records so far, file to append to): what a kill left of a last line is cut off. ValueError if another process has the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab+")
-    data_arxiv.lock(file)
+    try:
+        data_arxiv.lock(file)
+    except ValueError:
+        raise ValueError(f"{path} is in use: another `eval.py complete` is writing it") from None
     file.seek(0)
     content = file.read()
     file.truncate(content.rfind(b"\n") + 1)
@@ -948,7 +953,7 @@ def measured(name, directory, completions=None):
         for kind in ("semscore", "signatures", "rating"):
             for row in read_report(Path(completions).with_suffix(f".{kind}.json")).get("models", []):
                 if row["model"] == name:
-                    found |= {"SemScore": row} if kind == "semscore" else row["means"]
+                    found |= {"SemScore": row} if kind == "semscore" else {f"human rating, {c}" if kind == "rating" else c: v for c, v in row["means"].items()}
     return found
 
 
@@ -962,7 +967,7 @@ def read_report(path):
         raise ValueError(f"{path} is no report of eval.py ({e}): write it again") from None
 
 
-COMPARED = ["perplexity", "perplexity, NF4", "SemScore", "overall", "entropy", "distinct-2", "longest repeat", "metadata"]      # a column each, if measured
+COMPARED = ["perplexity", "perplexity, NF4", "SemScore", "human rating, overall", "entropy", "distinct-2", "longest repeat", "metadata"]      # a column each, if measured
 
 
 def compare(args):
@@ -980,7 +985,7 @@ def compare(args):
                      **measured(name, run, args.completions)})
     columns = [c for c in COMPARED if any(c in r for r in rows)]
     for lacking, command in (("perplexity", f"python eval.py perplexity {' '.join(args.runs)}"), ("SemScore", "python eval.py complete ..., then semscore"),
-                             ("entropy", "python eval.py signatures FILE"), ("overall", "python eval.py rate --collect FILE...")):
+                             ("entropy", "python eval.py signatures FILE"), ("human rating, overall", "python eval.py rate FILE, then rate FILE --collect ...")):
         if lacking not in columns:
             print(f"note: no {lacking} yet: {command}{'' if lacking == 'perplexity' or args.completions else ', and give --completions FILE'}", file=sys.stderr)
     for c in ("perplexity", "perplexity, NF4"):
@@ -989,7 +994,7 @@ def compare(args):
     print(f"\n{'model':24}{'validation loss':>16}" + "".join(f"{c:>25}" for c in columns))
     for r in rows:
         cells = [f"{r[c]['mean']:.3f} [{r[c]['low']:.3f}, {r[c]['high']:.3f}]" if c in r else "-" for c in columns]
-        print(f"{r['model'][-24:]:24}{r['validation loss'] or math.nan:16.4f}" + "".join(f"{c:>25}" for c in cells))
+        print(f"{r['model'][-24:]:24}{format(r['validation loss'], '.4f') if r['validation loss'] else '-':>16}" + "".join(f"{c:>25}" for c in cells))
     kept = [{k: {n: v[n] for n in ("mean", "low", "high")} if isinstance(v, dict) else v for k, v in r.items()} for r in rows]
     out = Path(args.out or Path(args.runs[0]).resolve().parent / "compare")
     write_json(out.with_suffix(".json"), {"completions": args.completions, "models": kept})
@@ -1022,7 +1027,7 @@ def draw_comparison(rows, columns, curves, path):
                 ax.errorbar(r[c]["mean"], y, xerr=[[r[c]["mean"] - r[c]["low"]], [r[c]["high"] - r[c]["mean"]]], color=colour, marker=marker, ms=6, capsize=3)
                 if not r["lora"]:
                     ax.axvline(r[c]["mean"], color="0.6", ls="--", lw=1, zorder=0)
-        ax.set_title({"overall": "human rating"}.get(c, c), fontsize=10)
+        ax.set_title(c.replace(", ", ",\n") if len(c) > 16 else c, fontsize=10)
         ax.set_yticks(range(len(rows)), [r["model"] for r in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.grid(axis="x", alpha=0.3)
@@ -1063,7 +1068,8 @@ def model_card(name, settings, base_id, run, completions, licence, what):
     lines += ["Checksums: " + ", ".join(settings.get("data_checksums", [])) + ".", "", "## Hyperparameters", "", "| setting | value |", "|---|---|"]
     shown = ("lora", "rank", "alpha", "dropout", "quantize", "dtype", "batch_size", "epochs", "max_steps", "lr", "min_lr", "warmup", "seed")
     lines += [f"| {k} | {settings[k]} |" for k in shown if settings.get(k) is not None] + ["", "## Measured", ""]
-    rows = [(who, quantity, s) for who in (Path(settings["base"]).name, name) for quantity, s in measured(who, run, completions).items()]
+    in_reports = Path(settings["base"]).name if Path(settings["base"]).is_dir() else settings["base"]
+    rows = [(shown_as, quantity, s) for who, shown_as in ((in_reports, base_name), (name, name)) for quantity, s in measured(who, run, completions).items()]
     lines += ["| model | quantity | mean | 95% interval | on |", "|---|---|---|---|---|"] if rows else ["Nothing yet: `eval.py perplexity` was not run."]
     lines += [f"| {who} | {q} | {s['mean']:.4g} | {s['low']:.4g} - {s['high']:.4g} | {s['abstracts']} abstracts{', ' + Path(s['on'].split(' of ')[0]).name if 'on' in s else ''} |"
               for who, q, s in rows]

@@ -181,3 +181,7 @@ def test_refusals(tiny, run, tmp_path, capsys):
     assert "the model has room for 1024" in error(run, "--prompt", "We study")
     assert "must be at least 1" in error(run, "--max-new-tokens", 0)
     assert "two models are called s1-all" in error(run, run)
+    import fcntl
+    with open(tmp_path / "c.jsonl", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another `eval.py complete`" in error(run, "--out", tmp_path / "c.jsonl", "--samples", 1)

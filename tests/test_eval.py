@@ -130,6 +130,7 @@ def test_compare(tiny, trained, tmp_path, capsys):
     nano_eval.main(["perplexity", str(trained), str(other), "--samples", "6", "--device", "cpu", "--dtype", "float32"])
     (tmp_path / "c.semscore.json").write_text(json.dumps({"models": [{"model": m, "mean": x, "low": x - 0.1, "high": x + 0.1, "abstracts": 3}
                                                                      for m, x in (("base", 0.5), ("s1-all", 0.75))]}))
+    (tmp_path / "c.rating.json").write_text(json.dumps({"models": [{"model": "s1-all", "means": {"overall": {"mean": 5.5, "low": 5, "high": 6, "abstracts": 3}}}]}))
     capsys.readouterr()
     nano_eval.main(["compare", str(trained), str(other), "--completions", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "compare")])
     base, run, twin = json.loads((tmp_path / "compare.json").read_text())["models"]
@@ -137,12 +138,13 @@ def test_compare(tiny, trained, tmp_path, capsys):
     assert [r["model"] for r in (base, run, twin)] == ["base", "s1-all", "s1-qkv"] and [base["lora"], run["lora"], twin["lora"]] == [None, "all", "qkv"]
     assert [r["perplexity"]["mean"] for r in (base, run, twin)] == [r["mean"] for r in report]
     assert run["SemScore"] == pytest.approx({"mean": 0.75, "low": 0.65, "high": 0.85}) and "SemScore" not in twin
+    assert run["human rating, overall"]["mean"] == 5.5 and "human rating, overall" not in base
     losses = [json.loads(line).get("validation_loss") for line in open(trained / "metrics.jsonl")]
     assert run["validation loss"] == [x for x in losses if x][-1]
     printed = capsys.readouterr()
     line = next(x for x in printed.out.splitlines() if x.startswith("s1-all"))
     assert f"{report[1]['mean']:.3f} [{report[1]['low']:.3f}, {report[1]['high']:.3f}]" in line and "0.750 [0.650, 0.850]" in line
-    assert "no entropy yet: python eval.py signatures" in printed.err and "rate --collect" in printed.err
+    assert "no entropy yet: python eval.py signatures" in printed.err and "rate FILE" not in printed.err and "5.500 [5.000, 6.000]" in line
     assert all((tmp_path / f"compare.{suffix}").stat().st_size > 10000 for suffix in ("png", "pdf"))
 
 

@@ -66,7 +66,7 @@ def test_card(tiny, run, tmp_path):
     rows = json.loads((run / "perplexity-16bit.json").read_text())["models"]
     words = next(r["means"]["words"] for r in json.loads((tmp_path / "c.signatures.json").read_text())["models"] if r["model"] == "s1-qkv")
     for text in ("Built with Llama.", f"| s1-qkv | words | {words['mean']:.4g} | {words['low']:.4g} - {words['high']:.4g} | 3 abstracts |", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
-                 *(f"| {r['model']} | perplexity | {r['mean']:.4g} | {r['low']:.4g} - {r['high']:.4g} | 5 abstracts, s1 test |" for r in rows)):
+                 *(f"| {r['model'].replace('base', 'meta-llama/Llama-3.1-8B')} | perplexity | {r['mean']:.4g} | {r['low']:.4g} - {r['high']:.4g} | 5 abstracts, s1 test |" for r in rows)):
         assert text in card, text
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "meta-llama/Llama-3.1-8B"
     load_adapter(load_pretrained(str(tiny[0]), dtype=torch.float32), tmp_path / "a")
