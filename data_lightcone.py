@@ -602,7 +602,7 @@ def thermal_history(z, f_coll, Om, log_lx, e_0):
     edges = np.maximum(np.concatenate([z[:1], (z[1:] + z[:-1]) / 2, z[-1:]]), z[:, None])             # (E, E + 1) of the steps of z', cut at z
     depth = cross * (n_h * C / hubble(z, Om))[:, None] * (1 - ((1 + edges) / (1 + z[:, None])) ** -1.5) / 1.5      # (K, E, E + 1)
     through = -np.diff(np.exp(-depth), axis=2) / np.maximum(np.diff(depth, axis=2), 1e-12)            # mean of exp(-depth)
-    escape = np.exp((800 - e_0) / 350)                                                                # NOT in 21cmFAST: see simulate_fast
+    escape = np.exp((800 - e_0) / 280)                                                                # NOT in 21cmFAST: see simulate_fast
     emitted = 10**log_lx * escape / np.log(2000 / e_0) / E / np.maximum((1 + z) / (1 + z[:, None]), 1)      # erg/s/eV per Msun/yr: ~ 1/E
     msun_per_year = stars * M_P * (1 + 4 * N_HE) / (1.989e33 / 3.156e7)                               # per hydrogen nucleus
     light = np.sum(emitted * through * msun_per_year * C * dt_dz * np.diff(edges), axis=2)            # (K, E) erg/s/eV/cm^2 per hydrogen nucleus per cm^3
@@ -634,7 +634,7 @@ def simulate_fast(parameters, seed, sky=28, bins=470):
     4. Stars heat (L_X, E_0) and couple the gas in the mean; `boost` in spheres of the photons' reach makes both follow the density.
     5. T_b = 27 mK x_HI (1 + delta) (Omega_b h^2 / 0.023) sqrt(0.15 (1 + z) / (10 Omega_m h^2)) (1 - T_CMB / T_S).
     Left out: peculiar velocities, recombinations, heating by Lyman-alpha photons and the CMB, light travel in `boost`, all that is smaller than a cell (7 Mpc).
-    Exaggerated on purpose: hosts that absorb up to a higher E_0 let fewer X-rays out, by exp((800 eV - E_0) / 350 eV), 7.4 at 100 eV and 0.14 at 1500 eV. With
+    Exaggerated on purpose: hosts that absorb up to a higher E_0 let fewer X-rays out, by exp((800 eV - E_0) / 280 eV), 12 at 100 eV and 0.08 at 1500 eV. With
     21cmFAST's convention (L_X is what comes out, from E_0 to 2 keV) E_0 leaves hardly a mark on the global signal, and there would be nothing to regress."""
     m_wdm, Om, log_lx, e_0, log_tvir, zeta = map(float, parameters)
     depth, side = BINS * CELL / bins, 200 / sky                                                       # of a cell, along the line of sight and on the sky, Mpc

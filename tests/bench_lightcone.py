@@ -69,16 +69,19 @@ def compare(signals, figure):
 
 
 def regress(store):
-    train, held_out = dl.GlobalSignals(store, "train"), [dl.GlobalSignals(store, s) for s in ("validation", "test")]
-    print(train.note)
-    transform = lambda d: dl.normalise(d.signals * d.norm[1] + d.norm[0]).double()
-    x, y, x2, y2 = transform(train), train.parameters.double(), torch.cat([transform(d) for d in held_out]), torch.cat([d.parameters.double() for d in held_out])
-    x, x2 = ((a - x.mean(0)) / (x.std(0) + 1e-6) for a in (x, x2))
-    gauss = lambda a: torch.exp(-((a[:, None] - x[None]) ** 2).mean(2) / 2)
-    for name, kernel, ridge in (("linear", lambda a: a @ x.T / 47, 0.02), ("Gaussian kernel", gauss, 0.01)):
-        weights = torch.linalg.solve(kernel(x) + ridge * torch.eye(len(x)), y - y.mean(0))
-        r2 = 1 - ((y2 - kernel(x2) @ weights - y.mean(0)) ** 2).sum(0) / ((y2 - y2.mean(0)) ** 2).sum(0)
-        print(f"{name:16} R^2 on {len(x2)} held-out of {len(x) + len(x2)}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(dl.PARAMETERS, r2)))
+    """Every usable signal is predicted once, from the four fifths that it is not in."""
+    parts = [dl.GlobalSignals(store, s, norm=(0, 1)) for s in ("train", "validation", "test")]
+    print(parts[0].note)
+    x, y = dl.normalise(torch.cat([d.signals for d in parts])).double(), torch.cat([d.parameters for d in parts]).double()
+    x, fold = (x - x.mean(0)) / (x.std(0) + 1e-6), torch.arange(len(x)) % 5
+    for name, kernel, ridge in (("linear", x @ x.T / 47, 0.02), ("Gaussian kernel", torch.exp(-((x[:, None] - x[None]) ** 2).mean(2) / 2), 0.01)):
+        predicted = torch.zeros_like(y)
+        for k in range(5):
+            out, rest = fold == k, fold != k
+            weights = torch.linalg.solve(kernel[rest][:, rest] + ridge * torch.eye(int(rest.sum())), y[rest] - y[rest].mean(0))
+            predicted[out] = kernel[out][:, rest] @ weights + y[rest].mean(0)
+        r2 = 1 - ((y - predicted) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
+        print(f"{name:16} held-out R^2: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(dl.PARAMETERS, r2)))
 
 
 def layout():

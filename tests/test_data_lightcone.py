@@ -407,24 +407,26 @@ def test_fast_simulator_is_coherent_and_periodic():
 
 
 def test_parameters_can_be_regressed():
-    """Ridge regression in a Gaussian kernel (what the linear one cannot see is that ionising removes absorption or emission) on held-out signals."""
-    P = dl.draw_parameters(1600, seed=1)
+    """Ridge regression in a Gaussian kernel finds all six in signals held out, each fifth in turn. (Linear ridge does on the default grid, with less of a margin:
+    the sign of T_b flips with heating. `bench_lightcone.py regress` shows both. Here the sky is coarser, for speed.)"""
+    P = dl.draw_parameters(1200, seed=1)
     with multiprocessing.get_context("spawn").Pool(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         lightcones = pool.starmap(signal_of, [(p, i) for i, p in enumerate(P)], chunksize=20)
     kept = np.array([ok for _, ok in lightcones])
     x = dl.normalise(torch.tensor(np.array([s for s, _ in lightcones])[kept]).reshape(-1, 47, 10).mean(2)).numpy()
-    y, n = dl.to_unit(P[kept]), int(0.8 * kept.sum())
-    x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-6)
-    kernel = np.exp(-((x[:, None] - x[None, :n]) ** 2).mean(2) / 2)
-    weights = np.linalg.solve(kernel[:n] + 0.01 * np.eye(n), y[:n] - y[:n].mean(0))
-    predicted = kernel[n:] @ weights + y[:n].mean(0)
-    r2 = 1 - ((y[n:] - predicted) ** 2).sum(0) / ((y[n:] - y[n:].mean(0)) ** 2).sum(0)
-    print(dict(zip(dl.PARAMETERS, r2.round(2))), "from", n)
+    x, y, fold = (x - x.mean(0)) / (x.std(0) + 1e-6), dl.to_unit(P[kept]), np.arange(kept.sum()) % 5
+    kernel, predicted = np.exp(-((x[:, None] - x[None]) ** 2).mean(2) / 2), np.zeros_like(y)
+    for k in range(5):
+        out, rest = fold == k, fold != k
+        weights = np.linalg.solve(kernel[np.ix_(rest, rest)] + 0.01 * np.eye(rest.sum()), y[rest] - y[rest].mean(0))
+        predicted[out] = kernel[np.ix_(out, rest)] @ weights + y[rest].mean(0)
+    r2 = 1 - ((y - predicted) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
+    print({k: round(float(v), 2) for k, v in zip(dl.PARAMETERS, r2)}, "from", (fold != 0).sum())
     assert (r2 > 0.1).all()
 
 
 def signal_of(p, i):
-    lc = dl.simulate_fast(p, [7, i], sky=8)
+    lc = dl.simulate_fast(p, [7, i], sky=12)
     return lc.cube.mean((1, 2)), not dl.filter_reason(*dl.history_summary(lc))
 
 
