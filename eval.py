@@ -4,7 +4,7 @@
     python eval.py perplexity out/s1-all out/s1-qkv --quantize nf4 --samples 500
     python eval.py perplexity --base path/to/model --data mine.jsonl
     python eval.py perplexity --adapter LLMsForHepth/s3-L-3.1-8B-qkv       # a published adapter: hub id or directory, peft's format
-    python eval.py complete out/s1-all out/s1-qkv --samples 100  # base and runs finish the same 100 abstracts -> out/completions-s1-test.jsonl
+    python eval.py complete out/s1-all out/s1-qkv --samples 100  # base and runs finish the same abstracts -> out/completions-s1-test.jsonl
     python eval.py complete out/s1-all --prompt "We study the"   # finish a text of your own
     python eval.py semscore out/completions-s1-test.jsonl        # how near the completions come to the true abstracts
     python eval.py semscore --pairwise out/s1-all --across hep-th gr-qc    # how near abstracts are to each other, as the LLM sees them
@@ -170,6 +170,27 @@ def load_model(base, adapter, quantize, dtype, device):
     return model, bits if not adapter else f"unmerged, {bits}" if four_bit else f"merged, {bits}"
 
 
+def print_table(title, header, rows):
+    """Columns as wide as they need be, the first to the left and the others to the right."""
+    lines = [header] + [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]))
+
+
+SPREAD = ["mean [95% interval]", "median", "quartiles", "std"]                           # the columns that `spread` fills
+
+
+def interval(s, digits=3):
+    """A summary -> "mean [low, high]"."""
+    return f"{s['mean']:.{digits}f} [{s['low']:.{digits}f}, {s['high']:.{digits}f}]"
+
+
+def spread(s, digits=3):
+    return [interval(s, digits), f"{s['median']:.{digits}f}", f"{s['q1']:.{digits}f} - {s['q3']:.{digits}f}", f"{s['std']:.{digits}f}"]
+
+
 def write_json(path, what):
     """The old file or the new one, never half of it."""
     with data_arxiv.replacing(path) as file:
@@ -238,14 +259,13 @@ def perplexity(args):
                 raise ValueError(f"{what} holds no abstract with text")
             if not good.all():
                 print(f"note: {(~good).sum()} empty abstracts are left out", file=sys.stderr)
-            rows.append({"model": name, "base": base_name[base], "subset": s, "weights": how, "abstracts": int(good.sum()), "tokens": int(tokens.sum()),
-                         **summary(values[good]), "perplexity": dict(zip(np.array(ids)[good].tolist(), values[good].tolist()))})
+            rows.append({"model": name, "base": base_name[base], "subset": s, "weights": how, "abstracts": int(good.sum()),
+                         "tokens": int(tokens.sum()), **summary(values[good]),
+                         "perplexity": dict(zip(np.array(ids)[good].tolist(), values[good].tolist()))})
         del model
     what = f"{args.split} splits of {data}" if args.across else what
-    print(f"\nperplexity on {what}\n{'model':28} {'on':12} {'abstracts':>9} {'weights':18} {'mean':>8} {'95% interval':>17} {'median':>8} {'quartiles':>16} {'std':>7}")
-    for r in rows:
-        print(f"{r['model'][-28:]:28} {r['subset'][:12]:12} {r['abstracts']:9d} {r['weights']:18} {r['mean']:8.3f} {r['low']:8.3f} -{r['high']:7.3f} {r['median']:8.3f} "
-              f"{r['q1']:7.3f} -{r['q3']:7.3f} {r['std']:7.3f}")
+    print_table(f"perplexity on {what}", ["model", "on", "abstracts", "weights", *SPREAD],
+                [[r["model"], r["subset"], r["abstracts"], r["weights"], *spread(r)] for r in rows])
     report = {"data": what, "split": args.split, "dtype": str(dtype), "seed": args.seed, "models": rows}
     file = f"{'across' if args.across else 'perplexity'}-{'NF4' if quantize else '16bit'}.json"
     for path in [args.json] if args.json else [Path(run) / file for run in args.runs]:
@@ -271,8 +291,8 @@ def draw_matrix(rows, what, path):
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(change[i, j]) > 0.5 * limit else "black")
     ax.set_xticks(range(len(subsets)), subsets)
     ax.set_yticks(range(len(names)), names)
-    ax.set_title(f"mean perplexity, {rows[0]['abstracts']} abstracts and more" if len({r['abstracts'] for r in rows}) > 1
-                 else f"mean perplexity, {rows[0]['abstracts']} abstracts each", fontsize=10)
+    counts = sorted({r["abstracts"] for r in rows})
+    ax.set_title(f"mean perplexity, {' - '.join(map(str, counts[::max(1, len(counts) - 1)]))} abstracts a category", fontsize=10)
     fig.colorbar(image, label="change against the base, %")
     save_figure(fig, path)
 
@@ -283,6 +303,11 @@ def pyplot():
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     return plt
+
+
+def error_bar(s):
+    """A summary's interval as matplotlib wants it: what to go down and up from the mean."""
+    return [[s["mean"] - s["low"]], [s["high"] - s["mean"]]]
 
 
 def save_figure(fig, path):
@@ -302,8 +327,9 @@ def draw_perplexity(rows, what, path):
         colour, style = COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3]
         ax.step(values, np.arange(1, len(values) + 1) / len(values), color=colour, ls=style, where="post",
                 label=f"{r['model']} ({r['weights']}): {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
-        ax.errorbar(r["mean"], (values < r["mean"]).mean(), xerr=[[r["mean"] - r["low"]], [r["high"] - r["mean"]]], color=colour, marker="o", ms=5, capsize=3)
-    ax.set(xscale="log", xlabel="perplexity of an abstract", ylabel="fraction of abstracts below", ylim=(0, 1), title=f"{what}, {len(values)} abstracts")
+        ax.errorbar(r["mean"], (values < r["mean"]).mean(), xerr=error_bar(r), color=colour, marker="o", ms=5, capsize=3)
+    ax.set(xscale="log", xlabel="perplexity of an abstract", ylabel="fraction of abstracts below", ylim=(0, 1),
+           title=f"{what}, {len(values)} abstracts")
     ax.xaxis.set_major_formatter(plt.ScalarFormatter())
     ax.xaxis.set_minor_formatter(plt.LogFormatter(minor_thresholds=(2, 0.6)))
     ax.grid(alpha=0.3, which="both")
@@ -366,7 +392,8 @@ def complete_batch(model, tokenizer, prompts, ids, args):
     if longest > room:
         raise ValueError(f"prompt and completion may take {longest} tokens, the model has room for {room}: lower --max-new-tokens")
     ends = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else eos
-    new = generate(model, encoded, args.max_new_tokens, args.temperature, args.top_k, ends, [zlib.crc32(f"{args.seed} {i}".encode()) for i in ids])
+    seeds = [zlib.crc32(f"{args.seed} {i}".encode()) for i in ids]
+    new = generate(model, encoded, args.max_new_tokens, args.temperature, args.top_k, ends, seeds)
     return [tokenizer.decode(p + n)[len(tokenizer.decode(p)):] for p, n in zip(encoded, new)]      # a word begun in the prompt goes on
 
 
@@ -379,13 +406,15 @@ def complete(args):
             raise ValueError("--prompt is empty: give a few words to go on from")
         for name, base, adapter in jobs[1:] or jobs:
             model, _ = load_model(base, adapter, quantize, dtype, device)
-            print(f"[{name}]\n{args.prompt}{complete_batch(model, load_tokenizer(base), [args.prompt], ['prompt'], args)[0]}\n", flush=True)
+            completion, = complete_batch(model, load_tokenizer(base), [args.prompt], ["prompt"], args)
+            print(f"[{name}]\n{args.prompt}{completion}\n", flush=True)
         return
     data, subset = data_of(args, runs)
     ids, texts, what = read_texts(data, subset, args.split, args.samples, args.seed)
     prompts, truths = zip(*map(split_abstract, texts))
     name = Path(data).stem if Path(data).is_file() else subset if subset == "control" else f"{subset}-{args.split}"
-    out = Path(args.out or (Path(args.runs[0]).resolve().parent if args.runs else Path("out")) / f"completions-{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.jsonl")
+    beside = Path(args.runs[0]).resolve().parent if args.runs else Path("out")
+    out = Path(args.out or beside / f"completions-{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.jsonl")
     records, file = open_completions(out)
     have = {(r["model"], r["id"]): r["settings"] for r in records}
     order = sorted(range(len(ids)), key=lambda i: len(prompts[i]))                      # like lengths together: little padding
@@ -396,23 +425,24 @@ def complete(args):
                         "bos": not args.no_bos, "data": what}
             old = next((s for (model, _), s in have.items() if model == name and s != settings), None)
             if old:
-                changed = [f"{k} was {old.get(k)!r}, now {settings[k]!r}" for k in settings if old.get(k) != settings[k]]
-                raise ValueError(f"{out} holds completions of {name} with other settings ({'; '.join(changed)}): choose another --out")
+                changed = "; ".join(f"{k} was {old.get(k)!r}, now {settings[k]!r}" for k in settings if old.get(k) != settings[k])
+                raise ValueError(f"{out} holds completions of {name} with other settings ({changed}): choose another --out")
             bar.set_postfix(model=name)
             model = None
             for start in range(0, len(order), args.batch_size):
-                batch = order[start:start + args.batch_size]                            # whole even if resumed inside: same batch, same rounding
+                batch = order[start:start + args.batch_size]
                 missing = [i for i in batch if (name, ids[i]) not in have]
-                if missing and model is None:
-                    model, _ = load_model(base, adapter, quantize, dtype, device)
-                    tokenizer = load_tokenizer(base)
-                texts = complete_batch(model, tokenizer, [prompts[i] for i in batch], [ids[i] for i in batch], args) if missing else [None] * len(batch)
-                for i, text in zip(batch, texts):
-                    if i in missing:
-                        record = dict(zip(FIELDS, (ids[i], prompts[i], truths[i], text, name, settings)))
-                        file.write(json.dumps(record).encode() + b"\n")
-                        file.flush()
-                        os.fsync(file.fileno())
+                if missing:                                   # the whole batch, even if some of it is there: the same batch rounds the same
+                    if model is None:
+                        model, _ = load_model(base, adapter, quantize, dtype, device)
+                        tokenizer = load_tokenizer(base)
+                    completions = complete_batch(model, tokenizer, [prompts[i] for i in batch], [ids[i] for i in batch], args)
+                    for i, text in zip(batch, completions):
+                        if i in missing:
+                            record = dict(zip(FIELDS, (ids[i], prompts[i], truths[i], text, name, settings)))
+                            file.write(json.dumps(record).encode() + b"\n")
+                            file.flush()
+                            os.fsync(file.fileno())
                 bar.update(len(batch))
     print(f"{out}: {len(ids)} abstracts ({what}), {len(jobs)} models: {', '.join(name for name, _, _ in jobs)}\n"
           f"next: python eval.py semscore {out}, then signatures and rate")
@@ -514,7 +544,7 @@ def embed(encoder, texts, batch_size=16):
 
 @torch.no_grad()
 def embed_llm(model, tokenizer, texts, batch_tokens=4096):
-    """The LLM's own embeddings (N, C) float32: the mean of the last hidden states (after the final norm) over a text's tokens, BOS left out."""
+    """The LLM's own embeddings (N, C) float32: the mean of the last hidden states (after the final norm) over a text's tokens but BOS."""
     bos, _ = bos_eos(model.config, tokenizer)
     device, result, batch = model.lm_head.weight.device, [], []
     for n, text in enumerate(tqdm(texts, desc="embeddings", unit="abstract", dynamic_ncols=True), 1):
@@ -552,7 +582,8 @@ def semscore(args):
     path, records = read_file(args)
     _, _, device = start_processes(args.device)
     encoder = load_encoder(args.encoder, device)
-    pairs = {model: {i: (f"{r['prompt']} {r['truth']}", r["prompt"] + r["completion"]) for i, r in rs.items()} for model, rs in grouped(records).items()}
+    pairs = {model: {i: (f"{r['prompt']} {r['truth']}", r["prompt"] + r["completion"]) for i, r in of_model.items()}
+             for model, of_model in grouped(records).items()}
     pairs["prompt alone"] = {r["id"]: (f"{r['prompt']} {r['truth']}", r["prompt"]) for r in records}
     texts = list(dict.fromkeys(text for of_model in pairs.values() for pair in of_model.values() for text in pair))
     vectors = dict(zip(texts, F.normalize(embed(encoder, texts).double(), dim=1)))
@@ -560,9 +591,7 @@ def semscore(args):
     for model, of_model in pairs.items():
         scores = {i: float(vectors[a] @ vectors[b]) for i, (a, b) in of_model.items()}
         rows.append({"model": model, "abstracts": len(scores), **summary(np.array(list(scores.values()))), "scores": scores})
-    print(f"\nSemScore of {path} with {args.encoder}\n{'model':32} {'abstracts':>9} {'mean':>7} {'95% interval':>15} {'median':>7} {'quartiles':>14}")
-    for r in rows:
-        print(f"{r['model'][-32:]:32} {r['abstracts']:9d} {r['mean']:7.4f} {r['low']:7.4f} -{r['high']:.4f} {r['median']:7.4f} {r['q1']:6.4f} -{r['q3']:.4f}")
+    print_table(f"SemScore of {path} with {args.encoder}", ["model", "abstracts", *SPREAD], [[r["model"], r["abstracts"], *spread(r, 4)] for r in rows])
     write_json(path.with_suffix(".semscore.json"), {"file": str(path), "encoder": args.encoder, "models": rows})
 
 
@@ -587,11 +616,12 @@ def pairwise(args):
                 q1, median, q3 = np.quantile(cosine, [0.25, 0.5, 0.75])
                 rows.append({"model": name, "a": a, "b": b, "pairs": len(cosine), "mean": float(cosine.mean()), "std": float(cosine.std()),
                              "q1": q1, "median": median, "q3": q3})
-    print(f"\ncosine similarity of pairs of abstracts, mean-pooled last layer\n{'model':32} {'between':22} {'pairs':>8} {'mean':>7} {'std':>7} {'median':>7} {'quartiles':>15}")
-    for r in rows:
-        print(f"{r['model'][-32:]:32} {r['a'] + ' - ' + r['b']:22} {r['pairs']:8d} {r['mean']:7.4f} {r['std']:7.4f} {r['median']:7.4f} {r['q1']:7.4f} -{r['q3']:.4f}")
+    print_table("cosine similarity of pairs of abstracts, mean-pooled last layer", ["model", "between", "pairs", "mean", "std", "median", "quartiles"],
+                [[r["model"], f"{r['a']} - {r['b']}", r["pairs"], *(f"{r[k]:.4f}" for k in ("mean", "std", "median")), f"{r['q1']:.4f} - {r['q3']:.4f}"]
+                 for r in rows])
     if args.json or args.runs:
-        write_json(args.json or Path(args.runs[0]) / "pairwise.json", {"data": data, "split": args.split, "samples": args.samples, "models": rows})
+        out = args.json or Path(args.runs[0]) / "pairwise.json"
+        write_json(out, {"data": data, "split": args.split, "samples": args.samples, "models": rows})
 
 
 # ------------------------------------------------------------------------------------------------------------- signatures
@@ -599,7 +629,8 @@ def pairwise(args):
 METADATA = {  # what the arXiv shows around an abstract, and an abstract itself seldom holds
     "comments": r"\b(comments?|report[- ]no\.?|journal[- ]ref\.?|subjects?|doi)\s*:|\b\d+ (pages|figures|pp\b)|\blatex\b",
     "keywords": r"\b(key ?words?|pacs|msc)\b( numbers?| codes?)?( \(\d+\))?\s*:",
-    "arXiv number": r"\barxiv\s*:|\b(hep-(th|ph|ex|lat)|gr-qc|astro-ph|cond-mat|quant-ph|nucl-th|math|math-ph)/\d{7}\b|\b\d{4}\.\d{4,5}(v\d+)?\b",
+    "arXiv number": r"\barxiv\s*:|\b\d{4}\.\d{4,5}(v\d+)?\b|"
+                    r"\b(hep-(th|ph|ex|lat)|gr-qc|astro-ph|cond-mat|quant-ph|nucl-th|math|math-ph)/\d{7}\b",
     "URL": r"\bhttps?://|\bwww\.",
 }
 
@@ -641,29 +672,35 @@ def signature(text, truth):
             "longest repeat": longest_repeat(words), "metadata": float(any(kinds.values())), **{k: float(v) for k, v in kinds.items()}}
 
 
+def drift_of(texts, window):
+    """Lists of words -> for each window of so many words the means over the texts that hold it; texts of at least two windows only."""
+    cut = [[words[i:i + window] for i in range(0, len(words) - window + 1, window)] for words in texts]
+    cut = [windows for windows in cut if len(windows) > 1]
+    result = []
+    for k in range(max(map(len, cut), default=0)):
+        there = [windows[k] for windows in cut if len(windows) > k]
+        measures = {"entropy": entropy, "distinct-2": lambda words: distinct(words, 2), "longest repeat": longest_repeat}
+        result.append({"from word": k * window, "completions": len(there)} | {
+            name: float(np.mean([measure(words) for words in there])) for name, measure in measures.items()})
+    return result
+
+
 def signatures(args):
     path, records = read_file(args)
     texts = {"truth": {r["id"]: (r["truth"], r["truth"]) for r in records}}
     texts |= {model: {i: (r["completion"], r["truth"]) for i, r in rs.items()} for model, rs in grouped(records).items()}
     rows, drift = [], []
     for model, pairs in tqdm(texts.items(), desc="signatures", unit="model", dynamic_ncols=True):
-        measured = [signature(*pair) for pair in pairs.values()]
-        rows.append({"model": model, "abstracts": len(measured), "means": {
-            k: {**summary(np.array([m[k] for m in measured], float)), "abstracts": len(measured)} for k in measured[0]}})
-        windows = [[words[i:i + args.window] for i in range(0, len(words) - args.window + 1, args.window)] for words in (words_of(t) for t, _ in pairs.values())]
-        windows = [w for w in windows if len(w) > 1]
-        for k in range(max(map(len, windows), default=0)):
-            there = [w[k] for w in windows if len(w) > k]
-            drift.append({"model": model, "from": k * args.window, "completions": len(there), "entropy": float(np.mean([entropy(w) for w in there])),
-                          "distinct-2": float(np.mean([distinct(w, 2) for w in there])), "longest repeat": float(np.mean([longest_repeat(w) for w in there]))})
+        each = [signature(*pair) for pair in pairs.values()]
+        rows.append({"model": model, "abstracts": len(each), "means": {
+            k: {**summary(np.array([m[k] for m in each], float)), "abstracts": len(each)} for k in each[0]}})
+        drift += [{"model": model, **d} for d in drift_of([words_of(text) for text, _ in pairs.values()], args.window)]
     names = list(rows[0]["means"])
-    print(f"\nmeans over completions of {path} (metadata and its kinds: the share of completions)\n{'model':24}" + "".join(f"{n:>15}" for n in names))
-    for r in rows:
-        print(f"{r['model'][-24:]:24}" + "".join(f"{r['means'][n]['mean']:15.3f}" for n in names))
+    print_table(f"means over completions of {path} (metadata and its kinds: the share of completions)", ["model", *names],
+                [[r["model"], *(f"{r['means'][n]['mean']:.3f}" for n in names)] for r in rows])
     if drift:
-        print(f"\ndrift: completions of two windows and more, by windows of {args.window} words\n{'model':24}{'from word':>10}{'completions':>13}{'entropy':>9}{'distinct-2':>12}{'longest repeat':>16}")
-        for d in drift:
-            print(f"{d['model'][-24:]:24}{d['from']:10d}{d['completions']:13d}{d['entropy']:9.3f}{d['distinct-2']:12.3f}{d['longest repeat']:16.1f}")
+        print_table(f"drift: completions of two windows and more, by windows of {args.window} words", list(drift[0]),
+                    [[f"{v:.3f}" if isinstance(v, float) else v for v in d.values()] for d in drift])
     write_json(path.with_suffix(".signatures.json"), {"file": str(path), "window": args.window, "models": rows, "drift": drift})
 
 
@@ -679,9 +716,9 @@ section { border: 1px solid #bbb; border-radius: 6px; padding: 0.8rem 1rem; marg
 fieldset { border: 0; border-left: 4px solid transparent; padding: 0 0.4rem; margin: 0; display: flex; gap: 0.5rem }
 fieldset:focus-within { border-left-color: #0072b2; background: #eef6fb } fieldset.rated legend::after { content: " \\2713" }
 legend { float: left; width: 7rem; font-size: 0.9rem } label { font-size: 0.85rem } button { font-size: 1rem; padding: 0.2rem 0.8rem }
-.frac { display: inline-block; vertical-align: middle; text-align: center; font-size: 0.85em; line-height: 1.15 } .frac > * { display: block; padding: 0 0.15em }
-.frac > :first-child { border-bottom: 1px solid } .root { border-top: 1px solid } .cal { font-family: "Snell Roundhand", "URW Chancery L", cursive }
-.rm, .rm i { font-style: normal } sub, sup { font-size: 0.7em; line-height: 0 }
+.frac { display: inline-block; vertical-align: middle; text-align: center; font-size: 0.85em; line-height: 1.15 }
+.frac > * { display: block; padding: 0 0.15em } .frac > :first-child { border-bottom: 1px solid } .root { border-top: 1px solid }
+.cal { font-family: "Snell Roundhand", "URW Chancery L", cursive } .rm, .rm i { font-style: normal } sub, sup { font-size: 0.7em; line-height: 0 }
 """
 SCRIPT = r"""
 "use strict";
@@ -695,21 +732,24 @@ function element(tag, name, ...children) {
 
 // LaTeX between dollars, \( \) and \[ \] becomes HTML elements; commands that are not known here stay as source.
 const SYMBOLS = {}, pairs = `alpha α beta β gamma γ delta δ epsilon ϵ varepsilon ε zeta ζ eta η theta θ vartheta ϑ iota ι kappa κ lambda λ mu μ nu ν xi ξ pi π rho ρ
- sigma σ tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Upsilon Υ Phi Φ Psi Ψ Omega Ω times × cdot · pm ± mp ∓
- to → rightarrow → leftarrow ← leftrightarrow ↔ Rightarrow ⇒ mapsto ↦ infty ∞ sim ∼ simeq ≃ approx ≈ equiv ≡ cong ≅ propto ∝ le ≤ leq ≤ ge ≥ geq ≥ ll ≪ gg ≫ ne ≠ neq ≠
- lesssim ≲ gtrsim ≳ partial ∂ nabla ∇ int ∫ oint ∮ sum ∑ prod ∏ in ∈ notin ∉ subset ⊂ supset ⊃ cup ∪ cap ∩ otimes ⊗ oplus ⊕ wedge ∧ vee ∨ forall ∀ exists ∃ langle ⟨ rangle ⟩
- ldots … dots … cdots ⋯ dagger † ddagger ‡ star ⋆ ast ∗ circ ∘ bullet • ell ℓ hbar ℏ Re ℜ Im ℑ prime ′ perp ⊥ parallel ∥ mid | setminus ∖ Box □ aleph ℵ vert | Vert ‖`.split(/\s+/);
+ sigma σ tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Upsilon Υ Phi Φ Psi Ψ
+ Omega Ω times × cdot · pm ± mp ∓ to → rightarrow → leftarrow ← leftrightarrow ↔ Rightarrow ⇒ mapsto ↦ infty ∞ sim ∼ simeq ≃ approx ≈
+ equiv ≡ cong ≅ propto ∝ le ≤ leq ≤ ge ≥ geq ≥ ll ≪ gg ≫ ne ≠ neq ≠ lesssim ≲ gtrsim ≳ partial ∂ nabla ∇ int ∫ oint ∮ sum ∑ prod ∏ in ∈
+ notin ∉ subset ⊂ supset ⊃ cup ∪ cap ∩ otimes ⊗ oplus ⊕ wedge ∧ vee ∨ forall ∀ exists ∃ langle ⟨ rangle ⟩ ldots … dots … cdots ⋯
+ dagger † ddagger ‡ star ⋆ ast ∗ circ ∘ bullet • ell ℓ hbar ℏ Re ℜ Im ℑ prime ′ perp ⊥ parallel ∥ mid | setminus ∖ Box □ aleph ℵ vert |
+ Vert ‖`.split(/\s+/);
 for (let i = 0; i < pairs.length; i += 2) SYMBOLS["\\" + pairs[i]] = pairs[i + 1];
 for (const f of ["sin", "cos", "tan", "exp", "log", "ln", "det", "dim", "lim", "max", "min", "ker"]) SYMBOLS["\\" + f] = f;
 for (const s of ["\\left", "\\right", "\\big", "\\Big", "\\displaystyle", "\\!"]) SYMBOLS[s] = "";
 for (const s of ["\\,", "\\;", "\\:", "\\ ", "\\quad", "\\qquad", "~"]) SYMBOLS[s] = " ";
 for (const c of "{}%&#$_") SYMBOLS["\\" + c] = c;
 Object.assign(SYMBOLS, {"-": "−", "'": "′"});
-const FONTS = {bf: ["b"], rm: ["span", "rm"], it: ["i"], cal: ["span", "cal"], bb: ["b"], text: ["span", "rm"], operatorname: ["span", "rm"], boldsymbol: ["b"]};
+const FONTS = {bf: ["b"], rm: ["span", "rm"], it: ["i"], cal: ["span", "cal"], bb: ["b"], boldsymbol: ["b"]};
+FONTS.text = FONTS.operatorname = FONTS.rm;
 for (const f of ["bf", "rm", "it", "cal", "bb"]) FONTS["math" + f] = FONTS["text" + f] = FONTS[f];
 const BB = {A: "𝔸", C: "ℂ", H: "ℍ", N: "ℕ", P: "ℙ", Q: "ℚ", R: "ℝ", S: "𝕊", T: "𝕋", Z: "ℤ"};
-const ACCENTS = {"\\bar": "\u0304", "\\overline": "\u0305", "\\hat": "\u0302", "\\widehat": "\u0302", "\\tilde": "\u0303", "\\widetilde": "\u0303",
-                 "\\dot": "\u0307", "\\ddot": "\u0308", "\\vec": "\u20d7"};
+const ACCENTS = {"\\bar": "\u0304", "\\overline": "\u0305", "\\hat": "\u0302", "\\widehat": "\u0302", "\\tilde": "\u0303",
+                 "\\widetilde": "\u0303", "\\dot": "\u0307", "\\ddot": "\u0308", "\\vec": "\u20d7"};
 
 function sequence(t) {                                        // up to the end of the group
   const out = document.createDocumentFragment();
@@ -763,10 +803,11 @@ function tex(text) {
 const data = JSON.parse(document.getElementById("data").textContent), slot = "ratings " + data.page;
 const main = document.querySelector("main"), rater = document.getElementById("rater"), message = document.getElementById("message");
 let state = {rater: "", at: 0, ratings: {}};
-try { Object.assign(state, JSON.parse(localStorage.getItem(slot))); } catch (e) { message.textContent = "This browser keeps nothing: save before you close the page."; }
+const forgetful = "This browser keeps nothing: save before you close the page.";
+try { Object.assign(state, JSON.parse(localStorage.getItem(slot))); } catch (e) { message.textContent = forgetful; }
 
 function keep() {
-  try { localStorage.setItem(slot, JSON.stringify(state)); } catch (e) { message.textContent = "This browser keeps nothing: save before you close the page."; }
+  try { localStorage.setItem(slot, JSON.stringify(state)); } catch (e) { message.textContent = forgetful; }
   const total = data.criteria.length * data.abstracts.reduce((n, a) => n + a.texts.length, 0);
   const done = Object.values(state.ratings).reduce((n, r) => n + Object.keys(r).length, 0);
   document.getElementById("progress").value = done / total;
@@ -774,7 +815,8 @@ function keep() {
 }
 
 function card(text, a, j) {
-  const item = `${a.key}/${j}`, section = element("section", "", element("h3", "", "Continuation " + String.fromCharCode(65 + j)), element("p", "text", text ? tex(text) : "(nothing)"));
+  const item = `${a.key}/${j}`, title = element("h3", "", "Continuation " + String.fromCharCode(65 + j));
+  const section = element("section", "", title, element("p", "text", text ? tex(text) : "(nothing)"));
   for (const criterion of data.criteria) {
     const row = element("fieldset", "", element("legend", "", criterion));
     for (let n = 1; n <= 10; n++) {
@@ -796,7 +838,8 @@ function card(text, a, j) {
 function draw(step) {
   state.at = Math.min(Math.max(state.at + step, 0), data.abstracts.length - 1);
   const a = data.abstracts[state.at];
-  main.replaceChildren(element("h2", "", `Abstract ${state.at + 1} of ${data.abstracts.length}`), element("p", "prompt text", tex(a.prompt)), ...a.texts.map((text, j) => card(text, a, j)));
+  const title = element("h2", "", `Abstract ${state.at + 1} of ${data.abstracts.length}`);
+  main.replaceChildren(title, element("p", "prompt text", tex(a.prompt)), ...a.texts.map((text, j) => card(text, a, j)));
   keep();
   scrollTo(0, 0);
 }
@@ -827,7 +870,8 @@ document.getElementById("save").addEventListener("click", () => {
   message.textContent = state.rater ? "" : "Give your name first: it tells your ratings from the others'.";
   if (!state.rater) return rater.focus();
   const link = element("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify({page: data.page, rater: state.rater, ratings: state.ratings}, null, 1)], {type: "application/json"}));
+  const content = JSON.stringify({page: data.page, rater: state.rater, ratings: state.ratings}, null, 1);
+  link.href = URL.createObjectURL(new Blob([content], {type: "application/json"}));
   link.download = `ratings-${state.rater.replace(/[^a-zA-Z0-9]+/g, "_")}-${data.page}.json`;
   link.click();
 });
@@ -841,10 +885,13 @@ def rating_page(abstracts, page):
     policy = f"default-src 'none'; script-src 'sha256-{sha['script']}'; style-src 'sha256-{sha['style']}'; base-uri 'none'; form-action 'none'"
     data = json.dumps({"page": page, "criteria": CRITERIA, "abstracts": abstracts}).replace("<", "\\u003c")       # no text can close the element
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>Rate abstracts</title><style>{STYLE}</style></head><body>
-<header><label>Your name <input id="rater" type="text"></label> <progress id="progress"></progress> <span id="count"></span> <button id="save">Save as JSON</button>
-<p id="hint">The beginning of an abstract, then several continuations in random order. Rate each from 1 (worst) to 10 (best). Keys: 1 to 9, and 0 for ten, rate and go on;
-up and down choose a line; n and p turn to the next and previous abstract. What you enter stays in this browser until you save it.</p><p id="message" role="alert"></p></header>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>Rate abstracts</title><style>{STYLE}</style></head><body>
+<header><label>Your name <input id="rater" type="text"></label>
+<progress id="progress"></progress> <span id="count"></span> <button id="save">Save as JSON</button>
+<p id="hint">The beginning of an abstract, then several continuations in random order. Rate each from 1 (worst) to 10 (best). Keys: 1 to 9,
+and 0 for ten, rate and go on; up and down choose a line; n and p turn to the next and previous abstract. What you enter stays in this
+browser until you save it.</p><p id="message" role="alert"></p></header>
 <main></main><nav><button id="previous">Previous</button> <button id="next">Next</button></nav>
 <script type="application/json" id="data">{data}</script><script>{SCRIPT}</script></body></html>
 """
@@ -899,10 +946,11 @@ def read_rating(file, path):
         raise ValueError(f"{file} is no file that the rating page saved ({e})") from None
     key = read_report(path.with_suffix(f".{page}.key.json"))
     if not key:
-        raise ValueError(f"{file} rates a page whose key {path.with_suffix(f'.{page}.key.json')} is not there: is it for another file of completions?")
+        raise ValueError(f"{file} rates a page whose key is not there ({path.with_suffix(f'.{page}.key.json')}): is it for other completions?")
     result = {}
     for item, marks in ratings:
-        if item not in key or not isinstance(marks, dict) or any(c not in CRITERIA or type(v) is not int or not 1 <= v <= 10 for c, v in marks.items()):
+        good = isinstance(marks, dict) and all(c in CRITERIA and type(v) is int and 1 <= v <= 10 for c, v in marks.items())
+        if item not in key or not good:
             raise ValueError(f"{file}: item {item} is not on its page, or has a mark that is not a number from 1 to 10")
         result[key[item]["model"], key[item]["id"]] = marks
     return rater, result
@@ -917,7 +965,7 @@ def collect(path, files):
             raise ValueError(f"{file}: there is another file by the rater {rater}")
         raters[rater] = ratings
     items = list(dict.fromkeys(item for ratings in raters.values() for item in ratings))
-    marks = {c: np.array([[ratings.get(item, {}).get(c, np.nan) for item in items] for ratings in raters.values()], float).reshape(len(raters), -1)
+    marks = {c: np.array([[ratings.get(item, {}).get(c, np.nan) for item in items] for ratings in raters.values()], float)
              for c in CRITERIA}                                                         # (raters, items)
     agreement, rows = {c: krippendorff_alpha(v) for c, v in marks.items()}, []
     for model in dict.fromkeys(model for model, _ in items):
@@ -930,11 +978,10 @@ def collect(path, files):
         rows.append({"model": model, "means": means})
     if not any(r["means"] for r in rows):
         raise ValueError("these files hold no rating yet")
-    print(f"\nhuman rating, 1-10, of {path} by {', '.join(raters)}: mean over abstracts [95% interval]\n{'model':24}" + "".join(f"{c:>21}" for c in CRITERIA) + "   ratings")
-    for r in sorted(rows, key=lambda r: -r["means"].get("overall", {"mean": 0})["mean"]):
-        cells = [f"{r['means'][c]['mean']:.2f} [{r['means'][c]['low']:.2f}, {r['means'][c]['high']:.2f}]" if c in r["means"] else "-" for c in CRITERIA]
-        print(f"{r['model'][-24:]:24}" + "".join(f"{c:>21}" for c in cells) + f"{sum(m['ratings'] for m in r['means'].values()):10d}")
-    print(f"{'agreement (alpha)':24}" + "".join(f"{a:21.3f}" for a in agreement.values()))
+    best_first = sorted(rows, key=lambda r: -r["means"].get("overall", {"mean": 0})["mean"])
+    print_table(f"human rating, 1-10, of {path} by {', '.join(raters)}: mean over abstracts [95% interval]", ["model", *CRITERIA, "ratings"],
+                [[r["model"], *(interval(r["means"][c], 2) if c in r["means"] else "-" for c in CRITERIA), sum(m["ratings"] for m in r["means"].values())]
+                 for r in best_first] + [["agreement (alpha)", *(f"{a:.3f}" for a in agreement.values()), ""]])
     write_json(path.with_suffix(".rating.json"), {"file": str(path), "raters": list(raters), "models": rows,
                                                   "agreement": {c: None if math.isnan(a) else a for c, a in agreement.items()}})
 
@@ -946,14 +993,16 @@ def measured(name, directory, completions=None):
     """All that was measured of one model -> {quantity: summary}, read from a run directory and, of `completions`, the files beside it."""
     found = {}
     for file, quantity in (("perplexity-16bit.json", "perplexity"), ("perplexity-NF4.json", "perplexity, NF4")):
-        for row in read_report(Path(directory) / file).get("models", []):
+        report = read_report(Path(directory) / file)
+        for row in report.get("models", []):
             if row["model"] == name:
-                found[quantity] = {k: row[k] for k in ("mean", "low", "high", "median", "q1", "q3", "std", "abstracts")} | {"on": read_report(Path(directory) / file)["data"]}
-    if completions:
-        for kind in ("semscore", "signatures", "rating"):
-            for row in read_report(Path(completions).with_suffix(f".{kind}.json")).get("models", []):
-                if row["model"] == name:
-                    found |= {"SemScore": row} if kind == "semscore" else {f"human rating, {c}" if kind == "rating" else c: v for c, v in row["means"].items()}
+                found[quantity] = {k: v for k, v in row.items() if k != "perplexity"} | {"on": report["data"]}
+    for kind in ("semscore", "signatures", "rating") if completions else ():
+        for row in read_report(Path(completions).with_suffix(f".{kind}.json")).get("models", []):
+            if row["model"] == name and kind == "semscore":
+                found["SemScore"] = row
+            elif row["model"] == name:
+                found |= {f"human rating, {k}" if kind == "rating" else k: v for k, v in row["means"].items()}
     return found
 
 
@@ -967,7 +1016,8 @@ def read_report(path):
         raise ValueError(f"{path} is no report of eval.py ({e}): write it again") from None
 
 
-COMPARED = ["perplexity", "perplexity, NF4", "SemScore", "human rating, overall", "entropy", "distinct-2", "longest repeat", "metadata"]      # a column each, if measured
+# A column each, if measured.
+COMPARED = ["perplexity", "perplexity, NF4", "SemScore", "human rating, overall", "entropy", "distinct-2", "longest repeat", "metadata"]
 
 
 def compare(args):
@@ -984,17 +1034,18 @@ def compare(args):
         rows.append({"model": name, "lora": s and s["lora"], "subset": s and s["subset"], "validation loss": losses[-1] if losses else None,
                      **measured(name, run, args.completions)})
     columns = [c for c in COMPARED if any(c in r for r in rows)]
-    for lacking, command in (("perplexity", f"python eval.py perplexity {' '.join(args.runs)}"), ("SemScore", "python eval.py complete ..., then semscore"),
-                             ("entropy", "python eval.py signatures FILE"), ("human rating, overall", "python eval.py rate FILE, then rate FILE --collect ...")):
+    with_file = "" if args.completions else ", and give --completions FILE"
+    for lacking, command in (("perplexity", f"python eval.py perplexity {' '.join(args.runs)}"), ("SemScore", f"complete, then semscore FILE{with_file}"),
+                             ("entropy", f"python eval.py signatures FILE{with_file}"),
+                             ("human rating, overall", f"python eval.py rate FILE, then with --collect{with_file}")):
         if lacking not in columns:
-            print(f"note: no {lacking} yet: {command}{'' if lacking == 'perplexity' or args.completions else ', and give --completions FILE'}", file=sys.stderr)
+            print(f"note: no {lacking} yet: {command}", file=sys.stderr)
     for c in ("perplexity", "perplexity, NF4"):
         if len({(r[c]["on"], r[c]["abstracts"]) for r in rows if c in r}) > 1:
-            print(f"note: {c} was not measured on the same abstracts for all of these; run them in one command to compare them", file=sys.stderr)
-    print(f"\n{'model':24}{'validation loss':>16}" + "".join(f"{c:>25}" for c in columns))
-    for r in rows:
-        cells = [f"{r[c]['mean']:.3f} [{r[c]['low']:.3f}, {r[c]['high']:.3f}]" if c in r else "-" for c in columns]
-        print(f"{r['model'][-24:]:24}{format(r['validation loss'], '.4f') if r['validation loss'] else '-':>16}" + "".join(f"{c:>25}" for c in cells))
+            print(f"note: {c} was not measured on the same abstracts for all of these; run them in one command", file=sys.stderr)
+    print_table("mean [95% interval]", ["model", "validation loss", *columns],
+                [[r["model"], format(r["validation loss"], ".4f") if r["validation loss"] else "-", *(interval(r[c]) if c in r else "-" for c in columns)]
+                 for r in rows])
     kept = [{k: {n: v[n] for n in ("mean", "low", "high")} if isinstance(v, dict) else v for k, v in r.items()} for r in rows]
     out = Path(args.out or Path(args.runs[0]).resolve().parent / "compare")
     write_json(out.with_suffix(".json"), {"completions": args.completions, "models": kept})
@@ -1014,7 +1065,8 @@ def smooth(epochs, losses, width):
 
 
 def draw_comparison(rows, columns, curves, path):
-    """Above: one panel a quantity, one line a model, mean with 95% interval, the base's as a dashed line. Below: training losses by adapted matrices."""
+    """Above: a panel for each quantity, a line for each model, mean with 95% interval, the base's mean dashed. Below: training losses, a
+    panel for each choice of adapted matrices."""
     plt = pyplot()
     kinds = list(dict.fromkeys(str(s["lora"]) for _, s in curves.values()))
     look = {kind: (COLOURS[1 + i % 6], "osD^vP"[i % 6]) for i, kind in enumerate(kinds)}
@@ -1024,7 +1076,7 @@ def draw_comparison(rows, columns, curves, path):
         for y, r in enumerate(rows):
             colour, marker = look[str(r["lora"])] if r["lora"] else (COLOURS[0], "*")
             if c in r:
-                ax.errorbar(r[c]["mean"], y, xerr=[[r[c]["mean"] - r[c]["low"]], [r[c]["high"] - r[c]["mean"]]], color=colour, marker=marker, ms=6, capsize=3)
+                ax.errorbar(r[c]["mean"], y, xerr=error_bar(r[c]), color=colour, marker=marker, ms=6, capsize=3)
                 if not r["lora"]:
                     ax.axvline(r[c]["mean"], color="0.6", ls="--", lw=1, zorder=0)
         ax.set_title(c.replace(", ", ",\n") if len(c) > 16 else c, fontsize=10)
@@ -1053,11 +1105,12 @@ def draw_comparison(rows, columns, curves, path):
 def model_card(name, settings, base_id, run, completions, licence, what):
     """README.md of an exported model: front matter that the hub reads, then base, data, hyperparameters, measurements, licence."""
     base_name = base_id or Path(settings["base"]).name
-    front = {"base_model": base_id, "library_name": "transformers" if what == "merged" else "peft", "pipeline_tag": "text-generation", "license": licence}
+    library = "transformers" if what == "merged" else "peft"
+    front = {"base_model": base_id, "library_name": library, "pipeline_tag": "text-generation", "license": licence}
     lines = ["---", *(f"{k}: {v}" for k, v in front.items() if v), "language: en", "tags: [lora, arxiv, physics]", "---", "", f"# {name}", ""]
     lines += ["Built with Llama.", ""] if "llama-3" in base_name.lower() else []
-    lines += [f"{base_name}, fine-tuned on arXiv abstracts with LoRA (arXiv:2106.09685), after the recipe of FeynTune (arXiv:2508.03716). It continues abstracts; it",
-              "is no source of facts: what it writes may be wrong, and references that it names may not exist.", "", "## Data", "",
+    lines += [f"{base_name}, fine-tuned on arXiv abstracts with LoRA (arXiv:2106.09685), after the recipe of FeynTune (arXiv:2508.03716).",
+              "It continues abstracts; it is no source of facts: what it writes may be wrong, and references that it names may not exist.", "", "## Data", "",
               f"Training set `{settings['subset']}`, seed {settings['seed']}."]
     try:
         manifest = data_arxiv.available(settings["data"])
@@ -1069,13 +1122,16 @@ def model_card(name, settings, base_id, run, completions, licence, what):
     shown = ("lora", "rank", "alpha", "dropout", "quantize", "dtype", "batch_size", "epochs", "max_steps", "lr", "min_lr", "warmup", "seed")
     lines += [f"| {k} | {settings[k]} |" for k in shown if settings.get(k) is not None] + ["", "## Measured", ""]
     in_reports = Path(settings["base"]).name if Path(settings["base"]).is_dir() else settings["base"]
-    rows = [(shown_as, quantity, s) for who, shown_as in ((in_reports, base_name), (name, name)) for quantity, s in measured(who, run, completions).items()]
-    lines += ["| model | quantity | mean | 95% interval | on |", "|---|---|---|---|---|"] if rows else ["Nothing yet: `eval.py perplexity` was not run."]
-    lines += [f"| {who} | {q} | {s['mean']:.4g} | {s['low']:.4g} - {s['high']:.4g} | {s['abstracts']} abstracts{', ' + Path(s['on'].split(' of ')[0]).name if 'on' in s else ''} |"
-              for who, q, s in rows]
-    losses = [r for r in read_metrics(run) if "validation_loss" in r]
-    lines += ["", f"Validation loss, nats a token: {losses[0]['validation_loss']:.4f} before, {losses[-1]['validation_loss']:.4f} after training."] if losses else []
-    return "\n".join(lines + ["", "## Licence", "", f"{licence or 'That of the base model'}: a fine-tuned model stays under its base model's licence ({base_name}).", ""])
+    rows = []
+    for who, shown in ((in_reports, base_name), (name, name)):
+        for quantity, s in measured(who, run, completions).items():
+            on = f"{s['abstracts']} abstracts" + (f", {Path(s['on'].split(' of ')[0]).name}" if "on" in s else "")
+            rows.append(f"| {shown} | {quantity} | {s['mean']:.4g} | {s['low']:.4g} - {s['high']:.4g} | {on} |")
+    lines += ["| model | quantity | mean | 95% interval | on |", "|---|---|---|---|---|", *rows] if rows else ["Nothing yet."]
+    losses = [r["validation_loss"] for r in read_metrics(run) if "validation_loss" in r]
+    lines += ["", f"Validation loss, nats a token: {losses[0]:.4f} before, {losses[-1]:.4f} after training."] if losses else []
+    lines += ["", "## Licence", "", f"{licence or 'That of the base model'}: a fine-tuned model stays under its base model's licence ({base_name}).", ""]
+    return "\n".join(lines)
 
 
 def read_metrics(run):
@@ -1107,7 +1163,7 @@ def export(args):
         if args.what == "merged":
             model, how = load_model(base, Path(args.run) / "adapter", None, torch.bfloat16, "cpu")
             if "NF4" in how:
-                raise ValueError(f"{base} is stored in 4 bits, where an adapter cannot be merged: name its 16-bit original with --base, or --what adapter")
+                raise ValueError(f"{base} is stored in 4 bits and cannot be merged into: name its 16-bit original with --base, or --what adapter")
             save_pretrained(model, temporary)
             for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
                 if (fetch(base) / file).exists():
@@ -1124,15 +1180,16 @@ def export(args):
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{out} holds the {'merged model in 16 bit' if args.what == 'merged' else 'adapter'}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    print(f"{out} holds the {args.what} model: {', '.join(sorted(p.name for p in out.iterdir()))}")
     if args.push:
         from huggingface_hub import HfApi
         try:
             HfApi().create_repo(args.push, private=args.private, exist_ok=True)
             HfApi().upload_folder(repo_id=args.push, folder_path=out, commit_message=f"{name}: {args.what}")
         except Exception as e:                                # the hub's, the HTTP client's and the system's errors share no type
-            raise ValueError(f"the upload to {args.push} failed ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}); {out} is whole: "
-                             f"check the network and that your token may write there, then `hf upload {args.push} {out}`") from None
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ValueError(f"the upload to {args.push} failed ({reason}); {out} is whole: check the network and that your token "
+                             f"may write there, then `hf upload {args.push} {out}`") from None
         print(f"uploaded: https://huggingface.co/{args.push}")
 
 

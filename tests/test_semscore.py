@@ -186,7 +186,7 @@ def test_signatures(tmp_path, capsys):
     assert base["metadata"] == base["comments"] == 0.25 and base["longest repeat"] == 99 and base["length / truth"] > 30
     assert base["distinct-1"] < 0.6 and base["entropy"] < math.log2(200)
     drift = [d for d in report["drift"] if d["model"] == "base"]
-    assert [d["from"] for d in drift] == [0, 50, 100, 150] and [round(d["entropy"], 3) for d in drift[:3]] == [round(math.log2(50), 3)] * 2 + [0]
+    assert [d["from word"] for d in drift] == [0, 50, 100, 150] and [round(d["entropy"], 3) for d in drift[:3]] == [round(math.log2(50), 3)] * 2 + [0]
     assert all(d["completions"] == 20 for d in drift) and not [d for d in report["drift"] if d["model"] != "base"]
     printed = capsys.readouterr().out
     assert "drift" in printed and "longest repeat" in printed
