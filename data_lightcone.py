@@ -20,8 +20,8 @@ The store that every command writes: one HDF5 file, N lightcones (rows) of T sli
   parameters (N, 6) float64, attribute `names`; NaN where the file's format cannot say      ionisation_history (N, 2, 128): z and mean x_HI, NaN after the end
   tau, x_hi_end (N,)  Thomson optical depth and neutral fraction at the low-z end (NaN: unknown)      passed (N,) False: an extreme history, not for training
   signal_end (N,)  slices up to the last that is not all zero      seed (N,), -1 unknown      cell_mpc (N,) cell size on the sky      source (N,) where the row is from
-A row is one uncompressed chunk, so any run of slices is one contiguous read. Measured for runs of 12 slices of 140 x 140, slices/s from the page cache / from
-disk: this 227,000 / 11,900; chunks of 12 slices, raw 84,000 / 5,100; gzip and shuffle 4,400 / 2,600; lzf and shuffle 5,100 / 2,500 (38% and 28% smaller).
+A row is one uncompressed chunk, so any run of slices is one contiguous read. For runs of 12 slices of 140 x 140, thousand slices/s from the page cache / from
+disk (tests/bench_lightcone.py layout): this 222 / 11.2; chunks of 12 slices 81 / 8.5, with gzip and shuffle 2.6 / 2.2 (26% smaller), lzf 3.0 / 2.0 (14% smaller).
 
 Why a store survives kill -9: HDF5 puts new data at the end of a file but changes its index in place, and a process killed between two such changes leaves a file
 that nothing can open. So rows are added by a `Transaction`, a file object under h5py: new bytes go behind the old end of the file, where nothing points yet;
@@ -497,7 +497,7 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
         return report
     size, bytes_read = len(jobs) * bins * sky * sky * 2, sum(Path(entry["file"]).stat().st_size for entry in jobs)
     print(f"{len(jobs)} lightcones of {sky} x {sky} x {bins}: {bytes_read / 1e9:.3g} GB to read, {size / 1e9:.3g} GB to write into {out}, "
-          f"about {(bytes_read + size) / 100e6 / 60:.1f} minutes at 100 MB/s")
+          f"about {(bytes_read + size) / 40e6 / 60:.1f} minutes at 40 MB/s")
     check_space(out, size)
     writer = StoreWriter(out, bins, sky)
     for entry in tqdm(jobs, desc="converting", unit="lightcone"):
