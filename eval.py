@@ -217,7 +217,7 @@ def perplexities(model, tokenizer, texts, batch_tokens=4096, desc=""):
             following = len(sequences[order[n + 1]]) if n + 1 < len(order) else batch_tokens
             if sum(len(sequences[j]) for j in batch) + following > batch_tokens:
                 ids, lengths = data_arxiv.collate([sequences[j] for j in batch])
-                nll = token_nll(model, ids.to(device), lengths).double().cpu()
+                nll = token_nll(model, ids.to(device), lengths).cpu().double()
                 for j, part in zip(batch, nll.split((lengths - 1).tolist())):
                     result[j] = part.mean().exp()
                 bar.update(len(batch))
@@ -408,6 +408,7 @@ def complete(args):
             model, _ = load_model(base, adapter, quantize, dtype, device)
             completion, = complete_batch(model, load_tokenizer(base), [args.prompt], ["prompt"], args)
             print(f"[{name}]\n{args.prompt}{completion}\n", flush=True)
+            del model                                         # before the next one comes
         return
     data, subset = data_of(args, runs)
     ids, texts, what = read_texts(data, subset, args.split, args.samples, args.seed)
@@ -607,6 +608,7 @@ def pairwise(args):
         model, _ = load_model(base, adapter, quantize, dtype, device)
         tokenizer = load_tokenizer(base)
         vectors = {s: F.normalize(embed_llm(model, tokenizer, t).double(), dim=1) for s, t in texts.items()}
+        del model
         for i, a in enumerate(texts):
             for b in list(texts)[i:]:
                 cosine = vectors[a] @ vectors[b].T                                      # (N_a, N_b)
@@ -1196,12 +1198,19 @@ def export(args):
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function, help, description):
-        p = commands.add_parser(function.__name__, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p = commands.add_parser(function.__name__, help=help, description=description, formatter_class=Help)
         p.set_defaults(function=function)
         return p
 
@@ -1210,15 +1219,15 @@ def main(argv=None):
         p.add_argument("--adapter", nargs="+", default=[], metavar="DIR_OR_ID", help="adapters in peft's format: directories or hub ids")
         p.add_argument("--base", help="model directory or hub id; default: each run's own")
         p.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: base and adapter unmerged on the 4-bit base; none: merged in 16 bit")
-        p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
-        p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+        p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bfloat16 where it is fast")
+        p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
 
     def text_flags(p, samples):
         p.add_argument("--data", help="prepared directory, or a JSONL file with id and abstract; default: the first run's, or data/arxiv")
         p.add_argument("--subset", help="set, category, recipe, or control (the five control papers); default s1 (hep-th), or own for a run on own data")
-        p.add_argument("--split", choices=["train", "validation", "test"], default="test")
+        p.add_argument("--split", choices=["train", "validation", "test"], default="test", help="of --subset")
         p.add_argument("--samples", type=int, default=samples, help="so many abstracts, drawn with --seed; 0: all")
-        p.add_argument("--seed", type=int, default=42)
+        p.add_argument("--seed", type=int, default=42, help="of the choice of abstracts, and of sampling")
 
     p = command(perplexity, "base model and runs on a split or a JSONL file", "Mean perplexity of abstracts for the base model and any number of runs.")
     model_flags(p)
@@ -1232,9 +1241,9 @@ def main(argv=None):
     model_flags(p)
     text_flags(p, 100)
     p.add_argument("--prompt", metavar="TEXT", help="finish this text instead, and print the result")
-    p.add_argument("--max-new-tokens", type=int, default=1024)
+    p.add_argument("--max-new-tokens", type=int, default=1024, help="longest completion")
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
-    p.add_argument("--top-k", type=int, default=50)
+    p.add_argument("--top-k", type=int, default=50, help="sample among so many of the likeliest tokens")
     p.add_argument("--no-bos", action="store_true", help="prompts without the BOS token, as in the paper's released code")
     p.add_argument("--batch-size", type=int, default=16, help="abstracts at a time; lower it if memory runs out")
     p.add_argument("--out", metavar="FILE", help="JSONL file; default: completions-SUBSET-SPLIT.jsonl beside the first run's directory")
@@ -1254,7 +1263,7 @@ def main(argv=None):
     p = command(rate, "a page for blind rating by experts; collect their files", "One HTML page for blind rating of truth and completions, and the table from the raters' files.")
     p.add_argument("runs", nargs="+", metavar="FILE", help="the file that complete wrote")
     p.add_argument("--samples", type=int, default=12, help="so many abstracts, drawn with --seed; 0: all")
-    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--seed", type=int, default=42, help="of the choice and the order")
     p.add_argument("--out", metavar="HTML", help="the page; default: FILE with .rate.html")
     p.add_argument("--collect", nargs="+", metavar="JSON", help="files that raters saved: means, intervals, agreement, by model")
 
@@ -1266,7 +1275,7 @@ def main(argv=None):
     p = command(export, "merge a run into a checkpoint with a model card; upload it", "Write a run as a 16-bit checkpoint (or its adapter) with a model card.")
     p.add_argument("run", metavar="RUN", help="run directory of train_lm.py")
     p.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
-    p.add_argument("--what", choices=["merged", "adapter"], default="merged")
+    p.add_argument("--what", choices=["merged", "adapter"], default="merged", help="the whole model in 16 bit, or the adapter alone")
     p.add_argument("--base", help="16-bit model directory or hub id to merge into; default: the run's own base")
     p.add_argument("--base-id", metavar="ORG/NAME", help="hub id of the base, for the card, where the run's base is a directory")
     p.add_argument("--completions", metavar="FILE", help="file of complete, whose SemScore, signatures and rating go on the card")
