@@ -119,7 +119,9 @@ def find_models(args):
         directory, base = fetch_adapter(source)
         if not (args.base or base):
             raise ValueError(f"the adapter {source} does not say which base it is for: add --base")
-        jobs.append((Path(source).resolve().name if Path(source).is_dir() else source, args.base or base, directory))
+        place = Path(os.path.abspath(directory))
+        name = source if not Path(source).is_dir() else place.parent.name if place.name == "adapter" else place.name      # of out/s1-all/adapter: s1-all
+        jobs.append((name, args.base or base, directory))
     if not jobs and not args.base:
         raise ValueError("give run directories, --adapter or --base")
     bases = [args.base] if args.base else list(dict.fromkeys(base for _, base, _ in jobs))

@@ -1,4 +1,5 @@
 """eval.py complete: the split of an abstract, resuming, own prompts, adapters in peft's format."""
+import argparse
 import json
 import os
 import signal
@@ -143,10 +144,16 @@ def test_adapter_directory_works_as_a_run(tiny, run, adapter, tmp_path):
     results = []
     for what in ([run], ["--adapter", adapter]):
         nano_eval.main(command("perplexity", *what, "--data", tiny[1], "--samples", 6, "--json", tmp_path / "p.json"))
-        nano_eval.main(command("complete", *what, "--data", tiny[1], "--samples", 2, "--max-new-tokens", 8, "--out", tmp_path / f"c{len(results)}.jsonl"))
-        results.append([json.load(open(tmp_path / "p.json"))["models"][1], [r["completion"] for r in lines(tmp_path / f"c{len(results)}.jsonl")]])
+        out = tmp_path / f"c{len(results)}.jsonl"
+        nano_eval.main(command("complete", *what, "--data", tiny[1], "--samples", 2, "--max-new-tokens", 8, "--out", out))
+        results.append([json.load(open(tmp_path / "p.json"))["models"][1], [r["completion"] for r in lines(out)]])
     (of_run, completions), (of_adapter, same) = results
     assert of_adapter["model"] == "peft-style" and of_adapter["perplexity"] == of_run["perplexity"] and same == completions
+
+
+def test_an_adapter_is_named_after_its_run(tiny, run):
+    jobs, _ = nano_eval.find_models(argparse.Namespace(runs=[], adapter=[str(run / "adapter")], base=None))
+    assert [name for name, _, _ in jobs] == ["base", "s1-all"] and jobs[0][1] == str(tiny[0])
 
 
 def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
@@ -161,10 +168,12 @@ def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
             raise LocalEntryNotFoundError("no connection")
         return str(adapter)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    nano_eval.main(command("perplexity", "--adapter", "LLMsForHepth/s3-L-3.1-8B-qkv", "--data", tiny[1], "--samples", 3, "--json", tmp_path / "p.json"))
-    assert [m["model"] for m in json.load(open(tmp_path / "p.json"))["models"]] == ["base", "LLMsForHepth/s3-L-3.1-8B-qkv"]
-    assert asked == [("LLMsForHepth/s3-L-3.1-8B-qkv", ["adapter_config.json", "adapter_model.safetensors"])]
-    for source, sentence in (("nobody/nothing", "the hub cannot be reached"), (str(tmp_path), "holds no adapter"), ("./nowhere", "neither a directory nor a hub id")):
+    published = "LLMsForHepth/s3-L-3.1-8B-qkv"
+    nano_eval.main(command("perplexity", "--adapter", published, "--data", tiny[1], "--samples", 3, "--json", tmp_path / "p.json"))
+    assert [m["model"] for m in json.load(open(tmp_path / "p.json"))["models"]] == ["base", published]
+    assert asked == [(published, ["adapter_config.json", "adapter_model.safetensors"])]
+    for source, sentence in (("nobody/nothing", "the hub cannot be reached"), (str(tmp_path), "holds no adapter"),
+                             ("./nowhere", "neither a directory nor a hub id")):
         with pytest.raises(SystemExit) as stop:
             nano_eval.main(command("complete", "--adapter", source))
         assert stop.value.code == 2 and sentence in capsys.readouterr().err

@@ -26,7 +26,8 @@ def run(tiny, tmp_path_factory):
     save_adapter(model, out / "adapter", str(tiny[0]))
     settings = {"base": str(tiny[0]), "data": str(tiny[1]), "subset": "s1", "lora": "qkv", "rank": 8, "alpha": 32, "lr": 3e-4, "seed": 42}
     (out / "config.json").write_text(json.dumps({"settings": settings}))
-    (out / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 6.25}\n{"step": 1, "epoch": 0.1, "loss": 6.0}\n{"step": 9, "validation_loss": 5.5}\n{"st')
+    (out / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 6.25}\n{"step": 1, "epoch": 0.1, "loss": 6.0}\n'
+                                       '{"step": 9, "validation_loss": 5.5}\n{"st')
     nano_eval.main(["perplexity", str(out), "--samples", "5", "--device", "cpu", "--dtype", "float32"])
     return out
 
@@ -57,16 +58,22 @@ def test_merged(tiny, run, tmp_path, capsys):
 
 def test_card(tiny, run, tmp_path):
     completions = tmp_path / "c.jsonl"
-    nano_eval.main(["complete", str(run), "--samples", "3", "--max-new-tokens", "9", "--out", str(completions), "--device", "cpu", "--dtype", "float32"])
+    nano_eval.main(["complete", str(run), "--samples", "3", "--max-new-tokens", "9", "--out", str(completions), "--device", "cpu",
+                    "--dtype", "float32"])
     nano_eval.main(["signatures", str(completions)])
-    nano_eval.main(["export", str(run), "--out", str(tmp_path / "a"), "--what", "adapter", "--base-id", "meta-llama/Llama-3.1-8B", "--completions", str(completions)])
+    nano_eval.main(["export", str(run), "--out", str(tmp_path / "a"), "--what", "adapter", "--base-id", "meta-llama/Llama-3.1-8B",
+                    "--completions", str(completions)])
     card = (tmp_path / "a" / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model: meta-llama/Llama-3.1-8B\n" in front and "license: llama3.1\n" in front and "library_name: peft" in front
     rows = json.loads((run / "perplexity-16bit.json").read_text())["models"]
     words = next(r["means"]["words"] for r in json.loads((tmp_path / "c.signatures.json").read_text())["models"] if r["model"] == "s1-qkv")
-    for text in ("Built with Llama.", f"| s1-qkv | words | {words['mean']:.4g} | {words['low']:.4g} - {words['high']:.4g} | 3 abstracts |", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
-                 *(f"| {r['model'].replace('base', 'meta-llama/Llama-3.1-8B')} | perplexity | {r['mean']:.4g} | {r['low']:.4g} - {r['high']:.4g} | 5 abstracts, s1 test |" for r in rows)):
+
+    def line(model, quantity, s, on):
+        return f"| {model} | {quantity} | {s['mean']:.4g} | {s['low']:.4g} - {s['high']:.4g} | {on} |"
+    for text in ("Built with Llama.", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
+                 line("meta-llama/Llama-3.1-8B", "perplexity", rows[0], "5 abstracts, s1 test"),
+                 line("s1-qkv", "perplexity", rows[1], "5 abstracts, s1 test"), line("s1-qkv", "words", words, "3 abstracts")):
         assert text in card, text
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "meta-llama/Llama-3.1-8B"
     load_adapter(load_pretrained(str(tiny[0]), dtype=torch.float32), tmp_path / "a")
@@ -94,8 +101,9 @@ def test_push(run, tmp_path, monkeypatch, capsys):
 def test_push_fails(run, tmp_path):
     """The real client: without a token nothing is begun; without a network the directory is whole and the way on is said."""
     def push(out, **environment):
-        made = subprocess.run([sys.executable, ROOT / "eval.py", "export", run, "--out", out, "--what", "adapter", "--push", "me/model"], capture_output=True, text=True,
-                              env={k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")} | {
+        without_token = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+        made = subprocess.run([sys.executable, ROOT / "eval.py", "export", run, "--out", out, "--what", "adapter", "--push", "me/model"],
+                              capture_output=True, text=True, env=without_token | {
                                   "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", **environment})
         assert made.returncode == 2 and "Traceback" not in made.stderr
         return made.stderr.strip().splitlines()[-1]
