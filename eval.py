@@ -1106,6 +1106,11 @@ def draw_comparison(rows, columns, curves, path):
     save_figure(fig, path)
 
 
+RECIPES = {"s1": "hep-th", "s2": "hep-ph and gr-qc", "s3": "hep-th, hep-ph and gr-qc", "s4": "hep-th, 15% of it replaced by gr-qc, 15% by hep-ph",
+           "s5": "hep-th, 15% of it replaced by gr-qc", "s6": "hep-th, 15% of it replaced by hep-ph", "s7": "hep-th and gr-qc",
+           "s8": "hep-th and hep-ph", "s9": "gr-qc and hep-ph, as many abstracts as hep-th has", "s10": "hep-th, q-bio and cs, as many abstracts as s3 has"}
+
+
 def model_card(name, settings, base_id, run, completions, licence, what):
     """README.md of an exported model: front matter that the hub reads, then base, data, hyperparameters, measurements, licence."""
     base_name = base_id or Path(settings["base"]).name
@@ -1115,7 +1120,7 @@ def model_card(name, settings, base_id, run, completions, licence, what):
     lines += ["Built with Llama.", ""] if "llama-3" in base_name.lower() else []
     lines += [f"{base_name}, fine-tuned on arXiv abstracts with LoRA (arXiv:2106.09685), after the recipe of FeynTune (arXiv:2508.03716).",
               "It continues abstracts; it is no source of facts: what it writes may be wrong, and references that it names may not exist.", "", "## Data", "",
-              f"Training set `{settings['subset']}`, seed {settings['seed']}."]
+              f"Training set `{settings['subset']}`: {RECIPES.get(settings['subset'], 'a choice of its own')}; seed {settings['seed']}."]
     try:
         manifest = data_arxiv.available(settings["data"])
         lines += [f"{rows:,} abstracts in {split}." for split, rows in manifest["sets"].get(settings["subset"], {}).items()]

@@ -71,7 +71,7 @@ def test_card(tiny, run, tmp_path):
 
     def line(model, quantity, s, on):
         return f"| {model} | {quantity} | {s['mean']:.4g} | {s['low']:.4g} - {s['high']:.4g} | {on} |"
-    for text in ("Built with Llama.", "Training set `s1`", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
+    for text in ("Built with Llama.", "Training set `s1`: hep-th; seed 42", "synthetic", "| lora | qkv |", "| lr | 0.0003 |", "6.2500 before, 5.5000 after",
                  line("meta-llama/Llama-3.1-8B", "perplexity", rows[0], "5 abstracts, s1 test"),
                  line("s1-qkv", "perplexity", rows[1], "5 abstracts, s1 test"), line("s1-qkv", "words", words, "3 abstracts")):
         assert text in card, text
