@@ -1294,8 +1294,13 @@ def main(argv=None):
     for name in ("window", "max_new_tokens", "top_k", "batch_size"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("samples", "temperature"):
+        if getattr(args, name, 0) < 0:
+            parser.error(f"--{name} cannot be negative")
     try:
         args.function(args)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; reports are as they were before, and `complete` goes on with the same command\n")
     except torch.OutOfMemoryError:
         fail("out of memory: lower --batch-tokens or --batch-size")
     except (ValueError, OSError) as e:

@@ -179,6 +179,15 @@ def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
+def test_ctrl_c(run, monkeypatch, capsys, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(nano_eval, "complete_batch", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        nano_eval.main(command("complete", run, "--max-new-tokens", 5, "--out", tmp_path / "c.jsonl"))
+    assert stop.value.code == 130 and "goes on with the same command" in capsys.readouterr().err
+
+
 def test_refusals(tiny, run, tmp_path, capsys):
     def error(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -189,6 +198,7 @@ def test_refusals(tiny, run, tmp_path, capsys):
     assert "--prompt is empty" in error(run, "--prompt", " ")
     assert "the model has room for 1024" in error(run, "--prompt", "We study")
     assert "must be at least 1" in error(run, "--max-new-tokens", 0)
+    assert "--temperature cannot be negative" in error(run, "--temperature", -1) and "--samples cannot" in error(run, "--samples", -1)
     assert "two models are called s1-all" in error(run, run)
     import fcntl
     with open(tmp_path / "c.jsonl", "w") as file:
