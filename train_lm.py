@@ -26,6 +26,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")           # before torch: waiting threads that spin make a busy CPU ten times slower
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
