@@ -14,8 +14,8 @@ splits, id for id, and they are the authors' own.
     python data_arxiv.py synthesize made_up.jsonl                      # a made-up snapshot, for demo and tests
 
 A prepared directory holds
-    abstracts-XXXXXXXX.jsonl   {"id", "category", "abstract"}, one a line, in the order of the snapshot (XXXXXXXX: its checksum)
-    index-XXXXXXXX.npz         group (N,) uint8: position in GROUPS; start (N+1,) int64: byte offsets; characters (N,) int32
+    abstracts-CHECKSUM.jsonl   {"id", "category", "abstract"}, one a line, in the order of the snapshot (8 hex digits of it)
+    index-CHECKSUM.npz         group (N,) uint8: position in GROUPS; start (N+1,) int64: byte offsets; characters (N,) int32
     manifest.json              sources, categories (counts), sets (sizes), characters, unavailable, short, control, checksums; replaced
                                last, in one step: until then what was there before is valid
 """
