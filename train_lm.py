@@ -209,7 +209,7 @@ def arguments(argv=None):
     p.add_argument("--out", help="run directory; default out/SUBSET-LORA")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (or start it, if there is none)")
     p.add_argument("--dry-run", action="store_true", help="print sizes, memory, steps and tokens as JSON and stop: no weights needed")
-    p.add_argument("--demo", action="store_true", help="the whole path on made-up abstracts and a small model trained on the spot; about two minutes")
+    p.add_argument("--demo", action="store_true", help="the whole path on made-up abstracts and a small model trained on the spot; two minutes")
     args = p.parse_args(argv)
     args.out = args.out or "out/" + ("demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{args.lora}"))
     args.lora = args.lora if args.lora in ("qkv", "all") else args.lora.split(",")
@@ -408,7 +408,7 @@ def demo(args):
     data_arxiv.synthesize(out / "snapshot.jsonl", records=6000, seed=0)
     data_arxiv.prepare(out / "snapshot.jsonl", out / "data")
 
-    print("2. A tokenizer and a small base model, trained for a minute on every category, with little hep-th among them", flush=True)
+    print("2. A tokenizer and a small base model, trained for 40 seconds on every category, with little hep-th among them", flush=True)
     texts = data_arxiv.load(out / "data", "hep-th:0.1+hep-ph+gr-qc+q-bio+cs", "train")[1]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -418,7 +418,7 @@ def demo(args):
     torch.manual_seed(0)
     base = CausalLM(config)
     init_weights(base)
-    optimizer, seconds, began, losses = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95)), 50, time.time(), []
+    optimizer, seconds, began, losses = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95)), 40, time.time(), []
     bar = tqdm(total=seconds, desc="base", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
     while time.time() - began < seconds:
         rows = data_arxiv.batch_rows(len(texts), 8, 0, len(losses))
@@ -437,7 +437,7 @@ def demo(args):
     print("3. The base again, in NF4, fine-tuned with LoRA on hep-th (set s1)", flush=True)
     here = Path(__file__).resolve().parent
     subprocess.run([sys.executable, here / "train_lm.py", "--base", out / "base", "--data", out / "data", "--subset", "s1", "--lora", "all",
-                    "--batch-size", "16", "--max-steps", "80", "--lr", "2e-3", "--eval-samples", "64", "--out", out / "s1-all"], check=True)
+                    "--batch-size", "16", "--max-steps", "60", "--lr", "2e-3", "--eval-samples", "32", "--out", out / "s1-all"], check=True)
 
     print("4. Perplexity of the hep-th test split, before and after", flush=True)
     subprocess.run([sys.executable, here / "eval.py", "perplexity", out / "s1-all"], check=True)
