@@ -87,22 +87,7 @@ def fetch_adapter(source):
     """A directory with an adapter in peft's format, or a hub id such as LLMsForHepth/s3-L-3.1-8B-qkv -> (its directory, the base it names).
 
     Raises ValueError in one sentence where there is none, or none to be had."""
-    directory = Path(source)
-    if not directory.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME)")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-        try:
-            directory = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
-        except GatedRepoError:
-            raise ValueError(f"{source} wants its terms accepted: do so at https://huggingface.co/{source}, then `hf auth login`") from None
-        except RepositoryNotFoundError:
-            raise ValueError(f"the hub does not know {source}, or it is private: check the spelling, or `hf auth login`") from None
-        except LocalEntryNotFoundError:
-            raise ValueError(f"{source} is not on this machine and the hub cannot be reached: get a network, or give a directory") from None
-        except (HfHubHTTPError, OSError) as e:
-            raise ValueError(f"the download of {source} failed ({str(e).splitlines()[0]}); run the same command again") from None
+    directory = fetch(source, ["adapter_config.json", "adapter_model.safetensors"])
     try:
         return directory, json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):

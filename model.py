@@ -390,8 +390,11 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
 # ---------------------------------------------------------------------------------------------- checkpoints: in, out, hub
 
 
-def fetch(source):
-    """A directory, or a hub id such as "meta-llama/Llama-3.1-8B" -> a local directory (downloaded once per node, with progress).
+MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors", "*.safetensors.index.json"]
+
+
+def fetch(source, wanted=MODEL_FILES):
+    """A directory, or a hub id such as "meta-llama/Llama-3.1-8B" -> a local directory (the wanted files, downloaded once per node, with progress).
 
     Raises ValueError, one sentence with what to do, for a missing network, token, licence or repository."""
     if os.path.isdir(source):
@@ -400,7 +403,6 @@ def fetch(source):
         raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME) nor one of the shapes {', '.join(SHAPES)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    wanted = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors", "*.safetensors.index.json"]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     others_wait = distributed and int(os.environ.get("LOCAL_RANK", 0)) > 0
     error = path = None
@@ -413,7 +415,7 @@ def fetch(source):
             except RepositoryNotFoundError:
                 error = f"the hub does not know {source}, or it is private: check the spelling, or run `hf auth login` with a token that may read it"
             except LocalEntryNotFoundError:
-                error = f"{source} is not on this machine and the hub cannot be reached: get a network, or give a directory that holds the model"
+                error = f"{source} is not on this machine and the hub cannot be reached: get a network, or give a directory that holds it"
             except (HfHubHTTPError, OSError) as e:
                 error = f"the download of {source} failed ({str(e).splitlines()[0]}); run the same command again, it goes on where it stopped"
         if distributed:

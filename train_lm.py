@@ -195,7 +195,7 @@ def arguments(argv=None):
     p.add_argument("--quantize", choices=["nf4", "none"], default="nf4", help="the frozen base in 4 bits or in 16")
     p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16 where it is fast")
     p.add_argument("--batch-size", type=int, default=48, help="abstracts a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=8, help="abstracts in one forward pass; lower it if memory runs out, the result is the same")
+    p.add_argument("--micro-batch", type=int, default=8, help="abstracts in one forward pass; lower it if memory runs out: the same gradient, up to rounding and dropout's draws")
     p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--max-steps", type=int, help="stop (and end the learning-rate schedule) after so many steps")
     p.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
@@ -460,12 +460,12 @@ def main(argv=None):
     except subprocess.CalledProcessError as e:
         fail(f"a part of the demo failed, see above ({Path(e.cmd[1]).name})")
     except torch.OutOfMemoryError:
-        fail(f"out of memory: lower --micro-batch (now {args.micro_batch}); the result stays the same")
+        fail(f"out of memory: lower --micro-batch (now {args.micro_batch})")
     except (ValueError, OSError) as e:
         fail(e)
     except RuntimeError as e:
         if "not enough memory" in str(e) or "can't allocate memory" in str(e):
-            fail(f"out of memory: lower --micro-batch (now {args.micro_batch}); the result stays the same")
+            fail(f"out of memory: lower --micro-batch (now {args.micro_batch})")
         raise
 
 

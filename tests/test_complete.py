@@ -162,7 +162,7 @@ def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
     from huggingface_hub.errors import LocalEntryNotFoundError
     asked = []
 
-    def snapshot_download(source, allow_patterns):
+    def snapshot_download(source, allow_patterns, ignore_patterns):
         asked.append((source, allow_patterns))
         if source != "LLMsForHepth/s3-L-3.1-8B-qkv":
             raise LocalEntryNotFoundError("no connection")
