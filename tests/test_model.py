@@ -399,3 +399,38 @@ def test_hub_refusals(hub):
 def test_tokenizer_missing(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json is missing"):
         load_tokenizer(str(tmp_path))
+
+
+def test_last_only(pair):
+    """The last position alone is what it is among all, causal or not, with a cache behind it or without; so is the gradient."""
+    _, ours, _ = pair
+    x = torch.randn(2, 17, ours.config.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for causal in (True, False):
+        whole, last = ours.model(embeds=x, causal=causal)[:, -1:], ours.model(embeds=x, causal=causal, last_only=True)
+        close(last, whole, 1e-5)
+        weights = torch.linspace(-1, 1, whole.numel()).view_as(whole)
+        close(*(torch.autograd.grad((y * weights).sum(), x)[0] for y in (last, whole)), 1e-4)
+    with torch.no_grad():
+        cache = KVCache(ours.config, 2, 17, torch.float32, "cpu")
+        ours.model(embeds=x[:, :9], cache=cache)
+        close(ours.model(embeds=x[:, 9:], cache=cache, last_only=True), ours.model(embeds=x)[:, -1:], 1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(pair):
+    """The same loss and gradient, bit for bit, with both dropouts on; far less is kept."""
+    from lora import inject
+    ours = copy.deepcopy(pair[1])
+    ours.config.attention_dropout = 0.1
+    inject(ours, "all", r=4, alpha=8, dropout=0.1)
+    ours.train()
+    ids, results = tokens(ours, 60), []
+    for recompute in (False, True):
+        ours.model.checkpoint_activations, kept = recompute, []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = token_nll(ours, ids, [40, 20]).sum()
+        ours.zero_grad()
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in ours.parameters() if p.requires_grad], sum(kept)))
+    (a, g, many), (b, h, few) = results
+    assert a == b and all(torch.equal(x, y) for x, y in zip(g, h, strict=True)) and few < many / 2
