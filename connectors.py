@@ -1,0 +1,285 @@
+"""Connectors: numbers into a language model and out again (L3M, arXiv:2506.14757). The backbone is a `Decoder` of model.py.
+
+Regression: the sky-averaged 21cm signal, 47 numbers, becomes 47 vectors of the backbone's hidden size through one affine layer (the input connector) and is set
+into a prompt. The last vector of the prompt is a trainable token, <|ska-param|>; its final hidden state goes through another affine layer (the output connector)
+to the mean and the precision of a Gaussian over the six parameters. The backbone stays frozen, pretrained or random; the reference networks are small backbones of
+the same kind, trained from scratch.
+
+    regressor = load_regressor("out/regress-pretrained-seed0")          # what train_l3m.py regress wrote
+    mean, L = regressor(signals)                                        # (B, 47) normalised -> (B, 6) in [0, 1], (B, 6, 6): precision = L L^T
+    samples = sample_gaussian(mean, L, 50)                              # (50, B, 6)
+
+Shapes: B lightcones, T tokens, hidden size C, 6 parameters.
+"""
+import json
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from model import SHAPES, Config, Decoder, KVCache, init_weights, load_pretrained, load_tokenizer
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+
+SIGNAL = "signal"                                             # stands for the vectors that the input connector makes
+TOKENS = ("<|ska-param|>", "<|system-prompt-token|>", "<|lightcone-token|>")           # trainable vectors, N(0, 1) at the start
+PROMPTS = {   # all else is words in ChatML, with an explicit empty system message (or none would be empty: templates fill in their own)
+    "minimal": (SIGNAL, "<|ska-param|>"),
+    "chat": ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n", SIGNAL, "<|im_end|>\n<|im_start|>assistant\n", "<|ska-param|>"),
+    "chat-trainable": ("<|im_start|>system\n", "<|system-prompt-token|>", "<|im_end|>\n<|im_start|>user\n", "<|lightcone-token|>", SIGNAL,
+                       "<|im_end|>\n<|im_start|>assistant\n", "<|ska-param|>"),
+}
+
+
+def is_words(piece):
+    return piece != SIGNAL and piece not in TOKENS
+
+
+def encode_words(base, pieces):
+    """The words among the pieces of a prompt -> {piece: ids (n,)}, each encoded alone by the tokenizer of `base`, nothing added.
+
+    Raises ValueError if the base has no tokenizer or does not know the ChatML tokens."""
+    words = [piece for piece in pieces if is_words(piece)]
+    if not words:
+        return {}
+    if base in SHAPES:
+        raise ValueError(f"{base} is a shape without a tokenizer: a chat prompt needs a model directory or hub id as --base; or use --prompt minimal")
+    tokenizer = load_tokenizer(base)
+    if missing := [t for t in ("<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]:
+        raise ValueError(f"{base} does not know {' and '.join(missing)}, the words of a ChatML prompt: use --prompt minimal, "
+                         "or a base such as Qwen/Qwen2.5-0.5B-Instruct")
+    return {piece: torch.tensor(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in words}
+
+
+class Prefix:
+    """Keys and values of the frozen words that begin a prompt, computed once and shared by all rows: a `cache` for Decoder.forward.
+
+    Unlike a KVCache it stores nothing: gradients pass through the new keys and values. k, v: (blocks, 1, G, P, D)."""
+
+    def __init__(self, k, v):
+        self.k, self.v = k, v
+        self.lengths = torch.full((1,), k.shape[3], device=k.device)
+
+    def update(self, layer, k, v):
+        """k, v (B, G, T, D) -> all keys, all values (B, G, P + T, D), mask (1, 1, T, P + T) of what each token may see."""
+        (B, _, T, _), P = k.shape, self.k.shape[3]
+        k, v = (torch.cat((old[layer].expand(B, -1, -1, -1), new), dim=2) for old, new in ((self.k, k), (self.v, v)))
+        return k, v, torch.ones(T, P + T, dtype=torch.bool, device=k.device).tril(P)[None, None]
+
+    def grow(self, T):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------ the Gaussian
+
+ROW, COLUMN = torch.tril_indices(6, 6)
+
+
+def gaussian_head(raw):
+    """Raw outputs (B, 27) -> mean (B, 6) in [0, 1] and L (B, 6, 6), lower triangular, of the precision matrix L L^T.
+
+    L_ij = 2/sqrt(i) raw_ij with softplus on the diagonal, i = 1..6. Row i of L L^T sums i squares: without the factor the last
+    parameter would start with a sixfold precision (arXiv:2506.14757, section on regression)."""
+    lower = raw.new_zeros(len(raw), 6, 6)
+    lower[:, ROW, COLUMN] = raw[:, 6:]                                              # (B, 21) -> (B, 6, 6)
+    L = lower.tril(-1) + torch.diag_embed(F.softplus(lower.diagonal(dim1=1, dim2=2)))
+    return raw[:, :6].sigmoid(), L * (2 / torch.arange(1, 7, device=raw.device).sqrt())[:, None]
+
+
+def whiten(mean, L, y):
+    """L^T (y - mean), (B, 6): standard normal where the Gaussian is right."""
+    return torch.einsum("bij,bi->bj", L, y - mean)
+
+
+def gaussian_nll(mean, L, y):
+    """[1/2 (mu - y)^T L L^T (mu - y) - log det L] / 6, (B,): the negative log-likelihood a parameter, without its constant log(2 pi)/2."""
+    return (whiten(mean, L, y).square().sum(-1) / 2 - L.diagonal(dim1=1, dim2=2).log().sum(-1)) / 6
+
+
+def sample_gaussian(mean, L, n, generator=None):
+    """-> (n, B, 6) draws, not clamped to the prior. Their covariance is (L L^T)^-1 = L^-T L^-1. generator: a CPU one."""
+    e = torch.randn(len(mean), 6, n, generator=generator).to(mean)
+    return mean + torch.linalg.solve_triangular(L.mT, e, upper=True).permute(2, 0, 1)           # (B, 6, n) -> (n, B, 6)
+
+
+def standard_deviation(L):
+    """(B, 6): of each parameter, the others integrated out: the square roots of the diagonal of (L L^T)^-1."""
+    inverse = torch.linalg.solve_triangular(L, torch.eye(6, device=L.device).expand_as(L), upper=False)
+    return inverse.square().sum(1).sqrt()
+
+
+def coverage(mean, L, y, levels):
+    """Fraction of truths y (B, 6) in the central interval of each level, for each parameter: (levels, 6). Calibrated: equal to the level."""
+    levels = torch.as_tensor(levels, dtype=mean.dtype, device=mean.device)
+    pull = (y - mean).abs() / standard_deviation(L)
+    return torch.stack([(pull < math.sqrt(2) * torch.erfinv(level)).float().mean(0) for level in levels])
+
+
+def joint_coverage(mean, L, y, levels):
+    """Fraction of truths in the ellipsoid of each level, all six parameters at once: (levels,).
+
+    The squared Mahalanobis distance x is chi^2 with 6 degrees of freedom: P(<x) = 1 - exp(-x/2) (1 + x/2 + x^2/8)."""
+    half = whiten(mean, L, y).square().sum(-1) / 2
+    inside = 1 - torch.exp(-half) * (1 + half + half.square() / 2)
+    return (inside[:, None] < torch.as_tensor(levels, dtype=mean.dtype, device=mean.device)).float().mean(0)
+
+
+# ----------------------------------------------------------------------------------------------------- the regressor
+
+REFERENCES = {  # networks of the connectors' size and 30 times it, trained from scratch
+    "small": Config("qwen2", 0, 32, 64, 3, 2, 2, 16, 1e-6, 10000.0),
+    "large": Config("qwen2", 0, 128, 256, 6, 4, 4, 32, 1e-6, 10000.0),
+}
+
+
+def seed_of(seed, what):
+    """A seed of its own for each use: equal draws in two places would be a correlation."""
+    return int(np.random.SeedSequence([seed, what]).generate_state(1)[0])
+
+
+def init_connectors(modules, tokens, seed):
+    """Affine layers N(0, 0.02) with zero bias, tokens N(0, 1), drawn on the CPU whatever the device."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in modules:
+            module.weight.copy_(0.02 * torch.randn(module.weight.shape, generator=draw))
+            module.bias.zero_()
+        for token in tokens:
+            token.copy_(torch.randn(token.shape, generator=draw))
+
+
+class Regressor(nn.Module):
+    """backbone: a Decoder, frozen, or to be trained if its parameters require a gradient. words: {piece of the prompt: (n, C) embeddings}."""
+
+    def __init__(self, backbone, prompt, words, causal=True, seed=0):
+        super().__init__()
+        C, pieces = backbone.config.hidden_size, list(PROMPTS[prompt])
+        self.backbone, self.causal = backbone, causal
+        self.dtype = backbone.layers[0].self_attn.q_proj.weight.dtype
+        self.input_connector = nn.Linear(1, C)
+        self.output_connector = nn.Linear(C, 6 + 21)
+        self.tokens = nn.ParameterDict({piece: nn.Parameter(torch.empty(1, C)) for piece in pieces if piece in TOKENS})
+        if not self.input_connector.weight.is_meta:
+            init_connectors([self.input_connector, self.output_connector], self.tokens.values(), seed)
+        self.prefix_length = 0
+        if is_words(pieces[0]):
+            self.run_prefix(words[pieces.pop(0)])
+        self.pieces = pieces
+        for i, piece in enumerate(pieces):
+            if is_words(piece):
+                self.register_buffer(f"words{i}", words[piece], persistent=False)
+
+    @torch.no_grad()
+    def run_prefix(self, embeds):
+        """Keep the keys and values of the words (P, C) that nothing trainable precedes. They have no attention dropout, in training neither."""
+        cache = KVCache(self.backbone.config, 1, len(embeds), self.dtype, embeds.device)
+        training = self.backbone.training
+        self.backbone.eval()(embeds=embeds[None], cache=cache)
+        self.backbone.train(training)
+        self.prefix_length = len(embeds)
+        self.register_buffer("prefix_k", cache.k, persistent=False)
+        self.register_buffer("prefix_v", cache.v, persistent=False)
+
+    def hidden(self, signals):
+        """(B, 47) float32, normalised -> (B, C) float32: the final hidden state of <|ska-param|>."""
+        parts = []
+        for i, piece in enumerate(self.pieces):
+            if piece == SIGNAL:
+                vectors = self.input_connector(signals[..., None])                              # (B, 47) -> (B, 47, C)
+            else:
+                vectors = self.tokens[piece] if piece in TOKENS else getattr(self, f"words{i}")
+                vectors = vectors.expand(len(signals), -1, -1)                                  # (n, C) -> (B, n, C)
+            parts.append(vectors.to(self.dtype))
+        prefix = Prefix(self.prefix_k, self.prefix_v) if self.prefix_length else None
+        return self.backbone(embeds=torch.cat(parts, dim=1), cache=prefix, causal=self.causal, last_only=True)[:, 0].float()
+
+    def head(self, hidden):
+        """(B, C) -> mean (B, 6), L (B, 6, 6)."""
+        return gaussian_head(self.output_connector(hidden))
+
+    def forward(self, signals):
+        """(B, 47) float32, normalised -> mean (B, 6) in [0, 1], L (B, 6, 6) of the precision L L^T."""
+        return self.head(self.hidden(signals))
+
+    def trained(self):
+        """{name: parameter} of all that is trained."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def groups(self):
+        """Lists of names, updated one after the other on each batch: what feeds the frozen backbone, then what reads it; references: all at once."""
+        names = list(self.trained())
+        if any(name.startswith("backbone.") for name in names):
+            return [names]
+        after = [name for name in names if name.startswith("output_connector.")]
+        return [[name for name in names if name not in after], after]
+
+
+def build_regressor(settings, device="cpu", dtype=None):
+    """The network of a run before training, in eval mode. settings: init, base, blocks, prompt, seed, dropout, causal, dtype.
+
+    A random backbone depends on the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device, and then cast.
+    dtype: of the frozen backbone, default settings["dtype"]. References are float32.
+    Raises ValueError for a base that cannot be loaded or does not know the words of the prompt."""
+    init, prompt, stored = settings["init"], settings["prompt"], getattr(torch, settings["dtype"])
+    ids = encode_words(settings["base"], PROMPTS[prompt])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(settings["seed"], 0))
+        if init in REFERENCES:
+            backbone, words = Decoder(replace(REFERENCES[init], attention_dropout=settings["dropout"])), {}
+            init_weights(backbone)
+        else:
+            lm = load_pretrained(settings["base"], dtype=stored, random_init=init == "random", blocks=settings["blocks"],
+                                 attention_dropout=settings["dropout"])
+            backbone = lm.model
+            words = {piece: backbone.embed_tokens.weight[rows].clone() for piece, rows in ids.items()}
+            del lm, backbone.embed_tokens                                                       # all that was needed of it are those rows
+            backbone.norm.weight.fill_(1.0)
+    fingerprint = None if init in REFERENCES else zlib.crc32(backbone.layers[-1].mlp.down_proj.weight.view(torch.uint8).numpy())
+    if init not in REFERENCES:
+        backbone.to(dtype or stored)
+        words = {piece: rows.to(dtype or stored) for piece, rows in words.items()}
+    regressor = Regressor(backbone, prompt, words, settings["causal"], seed_of(settings["seed"], 1))
+    regressor.settings, regressor.fingerprint = settings, fingerprint
+    return regressor.to(device).eval()
+
+
+def load_regressor(run_directory, device="cpu", dtype=None):
+    """A directory that train_l3m.py regress wrote -> Regressor in eval mode with the weights of the best validation; its settings: `.settings`.
+
+    Raises ValueError if the directory holds no such run, none that has been validated yet, or if base and weights do not fit each other."""
+    config, weights = Path(run_directory) / "config.json", Path(run_directory) / "model.safetensors"
+    if not config.exists():
+        raise ValueError(f"{run_directory} holds no run: {config.name} is missing; train one with train_l3m.py regress")
+    try:
+        settings = json.loads(config.read_text())["settings"]
+        experiment = settings["experiment"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{config} cannot be read ({e!r}); is {run_directory} a run of train_l3m.py?") from None
+    if experiment != "regress":
+        raise ValueError(f"{run_directory} is a run of train_l3m.py {experiment}, not of regress")
+    if not weights.exists():
+        raise ValueError(f"{run_directory} has no {weights.name} yet: go on with train_l3m.py regress --resume")
+    regressor = build_regressor(settings, device, dtype)
+    named = regressor.trained()
+    try:
+        with safe_open(weights, framework="pt") as f:
+            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{weights} is damaged ({e})") from None
+    shapes, expected = ({name: tuple(t.shape) for name, t in d.items()} for d in (tensors, named))
+    if shapes != expected:
+        wrong = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+        raise ValueError(f"{weights} does not fit its backbone (hidden size {regressor.backbone.config.hidden_size}): "
+                         + "; ".join(f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in wrong[:3]))
+    if metadata.get("fingerprint", str(regressor.fingerprint)) != str(regressor.fingerprint):
+        raise ValueError(f"{run_directory} was trained with another backbone than {settings['base']} now gives: its files, or torch's random numbers, have changed")
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(tensors[name])
+    return regressor
