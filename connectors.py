@@ -23,7 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from model import SHAPES, Config, Decoder, KVCache, init_weights, load_pretrained, load_tokenizer
+from flow import VelocityCNN, cfm_loss, sample
+from lora import inject
+from model import SHAPES, Config, Decoder, KVCache, RMSNorm, init_weights, load_pretrained, load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ prompts
 
@@ -283,3 +285,186 @@ def load_regressor(run_directory, device="cpu", dtype=None):
         for name, p in named.items():
             p.copy_(tensors[name])
     return regressor
+
+
+# ======================================================================================================== generation
+# Slices of a lightcone, patch after patch. A slice is cut into patches, each becomes a vector of the hidden size; a new-line token follows each row of patches and
+# another kind each slice. The prompt before them holds the six parameters and the index of the first slice. The final hidden state of the token before a patch, through
+# the output connector, conditions a velocity network (flow.py) that draws the patch.
+#
+#     generator = load_generator("out/generate-pretrained-seed0")            # what train_l3m.py generate wrote
+#     loss = generator(slices, conditions)                                   # (B, 12, X, Y) normalised, (B, 7), as SubLightcones returns them
+#     for s in generator.generate(slices[:, :2], conditions, 100, bins=2350, seeds=range(B)):  # (B, 1, X, Y), slice after slice
+#
+# Shapes: S slices of X x Y cells, R x K patches of p x p cells each, L = R (K + 1) + 1 tokens a slice.
+
+CONDITIONS = "conditions"                                     # stands for the vectors of the parameters and the index
+ROW_END, SLICE_END = "<|row-newline-token|>", "<|slice-newline-token|>"
+GENERATION_PROMPT = ("<|im_start|>system\n", "<|system-prompt-token|>", "<|im_end|>\n<|im_start|>user\n", CONDITIONS,
+                     "<|im_end|>\n<|im_start|>assistant\n", "<|lightcone-token|>")
+GENERATION_WORDS = tuple(piece for piece in GENERATION_PROMPT if piece != CONDITIONS and is_words(piece))
+GENERATION_REFERENCES = {  # networks of the size of LoRA r = 2 and r = 8, trained from scratch
+    "small": Config("qwen2", 0, 128, 424, 7, 4, 4, 32, 1e-6, 10000.0),
+    "large": Config("qwen2", 0, 256, 560, 7, 4, 4, 64, 1e-6, 10000.0),
+}
+CONTEXT = 2                                                   # slices that are given, never scored
+
+
+def patch(slices, p):
+    """(..., X, Y) -> (..., R, K, p*p), row by row. Raises ValueError where p does not divide the slice."""
+    *some, X, Y = slices.shape
+    if X % p or Y % p:
+        raise ValueError(f"patches of {p} x {p} do not divide slices of {X} x {Y}: choose a patch size that divides both sides")
+    return slices.reshape(*some, X // p, p, Y // p, p).transpose(-3, -2).flatten(-2)            # (..., R, p, K, p) -> (..., R, K, p, p)
+
+
+def unpatch(patches):
+    """(..., R, K, p*p) -> (..., X, Y): the inverse of `patch`."""
+    *some, R, K, cells = patches.shape
+    p = math.isqrt(cells)
+    return patches.reshape(*some, R, K, p, p).transpose(-3, -2).reshape(*some, R * p, K * p)    # (..., R, K, p, p) -> (..., R, p, K, p)
+
+
+class Generator(nn.Module):
+    """backbone: a Decoder of which `choose_trained` has said what is trained. words: {piece of the prompt: (n, C) embeddings}, none for the references.
+    dtype: what the backbone computes in; connectors, final norm and velocity network are float32."""
+
+    def __init__(self, backbone, words, patch_size=14, dtype=torch.float32, seed=0):
+        super().__init__()
+        C, p = backbone.config.hidden_size, patch_size
+        self.backbone, self.p, self.dtype = backbone, p, dtype
+        self.patch_connector = nn.Linear(p * p, C)
+        self.parameter_connectors = nn.ModuleList(nn.Linear(1, C) for _ in range(6))
+        self.index_connector = nn.Linear(1, C)
+        self.output_connector = nn.Linear(C, 2 * p * p)
+        self.tokens = nn.ParameterDict({name: nn.Parameter(torch.empty(1, C)) for name in (*TOKENS[1:], ROW_END, SLICE_END)})
+        self.velocity = VelocityCNN()
+        if not self.index_connector.weight.is_meta:
+            init_connectors([self.patch_connector, *self.parameter_connectors, self.index_connector, self.output_connector], self.tokens.values(), seed)
+        self.pieces = [piece for piece in GENERATION_PROMPT if piece not in GENERATION_WORDS or piece in words]
+        for i, piece in enumerate(self.pieces):
+            if piece in words:
+                self.register_buffer(f"words{i}", words[piece], persistent=False)
+        backbone.norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].float(),))      # so the final norm computes and returns float32
+
+    def embed(self, slices, conditions):
+        """Slices (B, S, X, Y) after their prompt with conditions (B, 7) -> (B, P + S L, C) float32 and the length P of the prompt."""
+        B, S = slices.shape[:2]
+        connectors = (*self.parameter_connectors, self.index_connector)
+        numbers = torch.stack([connector(value) for connector, value in zip(connectors, conditions.T[..., None])], dim=1)       # 7 of (B, 1) -> (B, 7, C)
+        fixed = [self.tokens[piece] if piece in TOKENS else getattr(self, f"words{i}", None) for i, piece in enumerate(self.pieces)]
+        prompt = torch.cat([numbers if part is None else part.float().expand(B, -1, -1) for part in fixed], dim=1)              # (B, P, C)
+        rows = self.patch_connector(patch(slices, self.p))                                      # (B, S, R, K, p*p) -> (B, S, R, K, C)
+        rows = torch.cat((rows, self.tokens[ROW_END].expand(*rows.shape[:3], 1, -1)), dim=3)    # (B, S, R, K + 1, C)
+        grid = torch.cat((rows.flatten(2, 3), self.tokens[SLICE_END].expand(B, S, 1, -1)), dim=2)                               # (B, S, L, C)
+        return torch.cat((prompt, grid.flatten(1, 2)), dim=1), prompt.shape[1]
+
+    def hidden(self, embeds, **context):
+        """The backbone, in its dtype: embeds (B, T, C) -> final hidden states (B, T, C) float32. Trained float32 matrices are cast at each call."""
+        cast = self.backbone.layers[0].mlp.up_proj.weight.dtype != self.dtype
+        with torch.autocast(embeds.device.type, self.dtype, enabled=cast):
+            return self.backbone(embeds=embeds.to(self.dtype), **context)
+
+    def head(self, hidden):
+        """Hidden states (..., C) -> conditions of the velocity network (..., 2, p, p)."""
+        return self.output_connector(hidden).unflatten(-1, (2, self.p, self.p))
+
+    def patch_conditions(self, slices, conditions):
+        """What the network knows before each patch of slices 3.., given the true slices before it: (B, S, X, Y), (B, 7) -> (B, S - 2, R*K, 2, p, p)."""
+        _, S, X, Y = slices.shape
+        embeds, P = self.embed(slices, conditions)
+        hidden = self.hidden(embeds)
+        R, K = X // self.p, Y // self.p
+        s, r, k = torch.meshgrid(torch.arange(CONTEXT, S), torch.arange(R), torch.arange(K), indexing="ij")
+        before = P + s * (R * (K + 1) + 1) + r * (K + 1) + k - 1                                # the token before each patch, be it a new line
+        return self.head(hidden[:, before.flatten(1).to(hidden.device)])                        # (B, S - 2, R*K, C) -> (B, S - 2, R*K, 2, p, p)
+
+    def forward(self, slices, conditions, noise=None, t=None):
+        """Loss of flow matching, the mean over all patches of slices 3..: slices (B, S, X, Y) normalised, conditions (B, 7) -> scalar.
+
+        noise (B, S - 2, R*K, p, p) and t (B, S - 2, R*K): drawn from torch's global generator unless given."""
+        cond = self.patch_conditions(slices, conditions).flatten(0, 2)                          # (N, 2, p, p)
+        x = patch(slices[:, CONTEXT:], self.p).reshape(-1, 1, self.p, self.p)                   # (B, S - 2, R, K, p*p) -> (N, 1, p, p)
+        return cfm_loss(self.velocity, x, cond, None if noise is None else noise.reshape(x.shape), None if t is None else t.flatten())
+
+    @torch.no_grad()
+    def generate(self, slices, conditions, n, bins, seeds, samples=1, window=12, slide=6, **solver):
+        """Continue lightcones by n slices, patch after patch; yields each new slice, (B, samples, X, Y) normalised, as it is done.
+
+        slices (B, S, X, Y): the context, normalised. conditions (B, 7): parameters and index of its first slice, (t - bins/2) / bins, bins = slices of the store.
+        seeds: B integers; sample k of a lightcone draws its noise from (seed, k) on the CPU, so neither the other lightcones nor the device change it (rounding may).
+        The context of a lightcone is encoded once for all its samples. The network has never seen more than `window` slices: when they are full, the last
+        window - slide are encoded anew with the index of the first of them (cut out of the cache, they would still hold what they knew of the dropped ones).
+        solver: method, steps, rtol, atol of flow.sample. Call it in eval mode. Raises ValueError for a slide that does not fit the window."""
+        if not 1 <= slide <= window - CONTEXT:
+            raise ValueError(f"a slide of {slide} slices does not fit a window of {window}: choose 1 to {window - CONTEXT}")
+        B, S, X, Y = slices.shape
+        draws = [torch.Generator().manual_seed(seed_of(int(seed), k)) for seed in seeds for k in range(samples)]
+        R, K, p = X // self.p, Y // self.p, self.p
+        first, held, cache = 0, slices, None                                                    # held: slices first.. of each row
+        for s in range(S, S + n):
+            if cache is None or s - first == window:
+                drop = s - first - (window - slide) if s - first >= window else 0
+                first, held = first + drop, held[:, drop:]
+                pending, P = self.embed(held, conditions + conditions.new_tensor([0] * 6 + [first / bins]))
+                cache = KVCache(self.backbone.config, len(held), P + window * (R * (K + 1) + 1), self.dtype, slices.device)
+            noise = torch.stack([torch.randn(R * K, 1, p, p, generator=draw) for draw in draws]).to(slices)          # (B*samples, R*K, 1, p, p)
+            new = []
+            for i in range(R * K):
+                hidden = self.hidden(pending, cache=cache, last_only=True)[:, 0]                # (B*samples, C), or (B, C) after the context
+                if len(hidden) < len(draws):
+                    hidden, held, conditions, cache.lengths = (v.repeat_interleave(samples, dim=0) for v in (hidden, held, conditions, cache.lengths))
+                    cache.k, cache.v = (v.repeat_interleave(samples, dim=1) for v in (cache.k, cache.v))
+                x, _ = sample(self.velocity, self.head(hidden), noise=noise[:, i], **solver)
+                new.append(x.flatten(1))                                                        # (B*samples, p*p)
+                ends = [self.tokens[ROW_END]] * ((i + 1) % K == 0) + [self.tokens[SLICE_END]] * (i + 1 == R * K)
+                pending = torch.cat([self.patch_connector(new[-1])[:, None], *(end.expand(len(x), 1, -1) for end in ends)], dim=1)
+            new = unpatch(torch.stack(new, dim=1).unflatten(1, (R, K)))                         # (B*samples, R*K, p*p) -> (B*samples, X, Y)
+            held = torch.cat((held, new[:, None]), dim=1)
+            yield new.unflatten(0, (B, samples))
+
+    def trained(self):
+        """{name: parameter} of all that is trained."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def choose_trained(backbone, tune, rank, seed=0):
+    """Says which parameters of the backbone are trained, in place. tune "full": all, "lora": adapters of this rank on all seven projections, alpha = 2 rank,
+    without dropout, and all norms. Whatever is trained becomes float32, and the final norm starts at one. Raises ValueError for another tune or rank."""
+    if tune not in ("full", "lora") or tune == "lora" and rank < 1:
+        raise ValueError(f"--tune is full or lora, the latter with a --rank of at least 1; not {tune!r} with rank {rank}")
+    if tune == "lora":
+        inject(backbone, "all", rank, 2 * rank, 0.0, seed)
+    for name, module in backbone.named_modules():
+        if tune == "full" or isinstance(module, RMSNorm):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.float()
+                p.requires_grad_(True)
+    nn.init.ones_(backbone.norm.weight)
+
+
+def build_generator(settings, device="cpu", dtype=None):
+    """The network of a run before training, in eval mode. settings: init, base, blocks, tune, rank, patch, seed, dropout, dtype.
+
+    What is random depends on the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device. dtype: what the backbone computes in, default settings["dtype"].
+    Raises ValueError for a base that cannot be loaded or does not know the words of the prompt."""
+    init, tune, stored = settings["init"], settings["tune"], getattr(torch, settings["dtype"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(settings["seed"], 0))
+        if init in GENERATION_REFERENCES:
+            backbone, words, tune = Decoder(replace(GENERATION_REFERENCES[init], attention_dropout=settings["dropout"])), {}, "full"
+            init_weights(backbone)
+        else:
+            ids = encode_words(settings["base"], GENERATION_WORDS)
+            lm = load_pretrained(settings["base"], dtype=torch.float32 if tune == "full" else stored, random_init=init == "random", blocks=settings["blocks"],
+                                 attention_dropout=settings["dropout"])
+            backbone = lm.model
+            words = {piece: backbone.embed_tokens.weight[rows].clone() for piece, rows in ids.items()}
+            del lm, backbone.embed_tokens                                                       # frozen, and all that was needed of it are those rows
+        fingerprint = None if tune == "full" else zlib.crc32(backbone.layers[-1].mlp.down_proj.weight.view(torch.uint8).numpy())
+        if tune == "lora":
+            backbone.to(dtype or stored)
+        choose_trained(backbone, tune, settings["rank"], seed_of(settings["seed"], 2))
+        generator = Generator(backbone, words, settings["patch"], dtype or stored, seed_of(settings["seed"], 1))
+    generator.settings, generator.fingerprint = settings, fingerprint
+    return generator.to(device).eval()

@@ -1,0 +1,358 @@
+"""Train L3M: a language-model backbone with connectors, on 21cm lightcones (arXiv:2506.14757). `regress`: six parameters from the sky-averaged signal.
+
+    python train_l3m.py regress --demo                                                   # the whole path in two minutes, nothing to download
+    python train_l3m.py regress --init pretrained --prompt chat --seeds 0 1 2 3 4        # the paper's: Qwen2.5-0.5B-Instruct, a GPU
+    python train_l3m.py regress --init random --blocks 6 --base path/to/SmolLM2-135M-Instruct --batch-size 64 --epochs 100 --lr 1e-3      # a laptop
+    python train_l3m.py regress --init small                                             # a reference network, trained from scratch
+    torchrun --nproc_per_node=4 train_l3m.py regress ...                                 # the same run on four GPUs; --resume goes on with it
+    python train_l3m.py regress --dry-run --base qwen2.5-0.5b                            # sizes, without weights or data
+
+- only connectors and trainable tokens learn (26,907 numbers); each batch is seen twice: what feeds the frozen backbone is updated first, then what reads it
+- nothing is computed that does not change: no gradients of frozen weights, none through the backbone in the second update, the chat words before the signal once
+- every batch and every random draw is a function of (seed, step, rank): a resumed run is the undisturbed run, bit for bit on a CPU
+- out/regress-INIT-seedN/ gets config.json, metrics.jsonl, checkpoint-*/ and model.safetensors, the weights with the lowest validation loss: evaluate with eval.py
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from train_lm import (StopSignal, fail, open_metrics, open_run, optimizer_tensors, peak_memory_gb, resolve_dtype, restore, save_checkpoint,  # before torch
+                      start_processes, sum_over_processes, sync)
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data_lightcone
+from connectors import PROMPTS, REFERENCES, Regressor, build_regressor, gaussian_nll, is_words, seed_of
+from model import SHAPES, Decoder, load_config
+
+TOKENS_A_SIGNAL = 47
+CLIP = 30.0                                                   # gradient norm of an update
+
+# ====================================================================================================== settings
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description="Train a language-model backbone with connectors on 21cm lightcones (arXiv:2506.14757).")
+    r = p.add_subparsers(dest="experiment", required=True).add_parser(
+        "regress", help="six parameters from the sky-averaged signal", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Regress the six parameters of a lightcone from its sky-averaged 21cm signal. The defaults are the paper's.")
+    r.add_argument("--init", choices=["pretrained", "random", "small", "large"], default="pretrained",
+                   help="backbone: pretrained or random weights, frozen; or a small or large reference network trained from scratch")
+    r.add_argument("--base", default="Qwen/Qwen2.5-0.5B-Instruct", help=f"model directory or hub id; for random weights and --dry-run also {', '.join(SHAPES)}")
+    r.add_argument("--blocks", type=int, help="the first N blocks of a pretrained backbone, or any number of random ones (default: all of the base)")
+    r.add_argument("--prompt", choices=list(PROMPTS), default="minimal", help="what surrounds the signal; the chat prompts need a base that knows ChatML")
+    r.add_argument("--data", default="data/lightcones.h5", help="a store of data_lightcone.py, or an .npz of signals")
+    r.add_argument("--batch-size", type=int, default=1024, help="lightcones a step, over all processes")
+    r.add_argument("--micro-batch", type=int, help="lightcones in one pass of a process (default: its whole share); lower it if memory runs out")
+    r.add_argument("--epochs", type=int, help="(default: 1500; references 40000)")
+    r.add_argument("--max-steps", type=int, help="end after so many steps; warm-up and decay shrink in proportion")
+    r.add_argument("--lr", type=float, default=5e-5, help="highest learning rate")
+    r.add_argument("--warmup", type=float, help="epochs with a linearly rising learning rate (default: 100, at most a tenth of --epochs)")
+    r.add_argument("--decay", type=float, help="last epochs, over which it falls as a cosine (default: 100, at most a tenth of --epochs)")
+    r.add_argument("--dropout", type=float, default=0.001, help="of the attention")
+    r.add_argument("--duplicate", action=argparse.BooleanOptionalAction, default=True, help="an epoch has every lightcone twice; dropout makes the two differ")
+    r.add_argument("--published-norm", action="store_true", help="normalise signals by the constants that L3M released instead of by the training set")
+    r.add_argument("--causal", action=argparse.BooleanOptionalAction, help="references: with a causal mask, as the released code has it (default: without)")
+    r.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each, one after the other; the split of the data is the same")
+    r.add_argument("--validate-every", type=int, default=1, help="epochs between validations")
+    r.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
+    r.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    r.add_argument("--checkpoint-activations", action="store_true", help="less memory: compute each block again in the backward pass")
+    r.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the frozen backbone; auto: bfloat16 where it is fast")
+    r.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    r.add_argument("--deterministic", action="store_true", help="bit-exact repetition on CUDA, too; slower")
+    r.add_argument("--out", help="run directory, with -seedN behind it if there are several seeds (default: out/regress-INIT-seedN)")
+    r.add_argument("--resume", action="store_true", help="go on with the run in --out (or start it, if there is none)")
+    r.add_argument("--dry-run", action="store_true", help="print sizes, memory and steps as JSON and stop: no weights needed")
+    r.add_argument("--demo", action="store_true", help="the whole path on simulated lightcones; two minutes")
+    args = p.parse_args(argv)
+    reference = args.init in REFERENCES
+    if reference and (args.prompt != "minimal" or args.blocks):
+        r.error(f"--init {args.init} is a network of its own, without words: it has neither --blocks nor a chat --prompt")
+    if args.causal is not None and not reference:
+        r.error("--causal and --no-causal are for the references (--init small or large); a language model is causal")
+    args.causal = not reference if args.causal is None else args.causal
+    args.epochs = args.epochs or (40000 if reference else 1500)
+    for name in ("warmup", "decay"):
+        if getattr(args, name) is None:
+            setattr(args, name, min(100, args.epochs / 10))
+    if args.warmup < 0 or args.decay < 0 or args.warmup + args.decay > args.epochs:
+        r.error(f"--warmup {args.warmup:g} and --decay {args.decay:g} do not fit into --epochs {args.epochs}")
+    for name in ("blocks", "batch_size", "micro_batch", "epochs", "max_steps", "validate_every", "checkpoint_every", "log_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            r.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.dropout < 1 or not args.lr > 0:
+        r.error("--dropout must be in [0, 1) and --lr above 0")
+    return args
+
+
+def batch_rows(n, batch_size, seed, step):
+    """Numbers (below n) of the samples of 0-based `step`: each epoch is a permutation of its own, cut into batches, the last one smaller."""
+    epoch, i = divmod(step, math.ceil(n / batch_size))
+    return np.random.default_rng([seed, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size]
+
+
+def learning_rate(step, steps, args):
+    """Of 0-based `step`: up linearly, constant, down a cosine; warm-up and decay are the fractions warmup / epochs and decay / epochs of the run."""
+    warmup, decay = (round(steps * part / args.epochs) for part in (args.warmup, args.decay))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * (1 + math.cos(math.pi * max(0, step - (steps - decay)) / max(1, decay))) / 2
+
+
+def count_steps(n, args):
+    return min(args.epochs * math.ceil(n / args.batch_size), args.max_steps or sys.maxsize)
+
+
+# ====================================================================================================== training
+
+
+class Run:
+    """What a run carries besides its model: where it writes, how many steps it has, which process this is."""
+
+    def __init__(self, args, settings, out, samples, rank, world, device, stop):
+        self.args, self.settings, self.out, self.seed = args, settings, Path(out), settings["seed"]
+        self.rank, self.world, self.device, self.stop = rank, world, device, stop
+        self.per_epoch = math.ceil(samples / args.batch_size)
+        self.steps = count_steps(samples, args)
+
+
+def open_directory(run):
+    """open_run of the first process -> the newest checkpoint, or None, in every process."""
+    found = [open_run(run.out, run.settings, run.args.resume) if run.rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def save_best(run, model, step, loss):
+    """out/model.safetensors: the trained tensors of the lowest validation loss so far, whole or not at all."""
+    temporary, final = run.out / "tmp-model.safetensors", run.out / "model.safetensors"
+    try:
+        save_file({name: p.detach().cpu().contiguous() for name, p in model.trained().items()}, temporary,
+                  metadata={"step": str(step), "validation_loss": str(loss), "fingerprint": str(model.fingerprint)})
+        sync(temporary)
+    except Exception as e:                                    # safetensors reports a full disk as an error of its own
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{final} could not be written ({e}); free some space, then --resume: the last checkpoint is whole") from None
+    os.replace(temporary, final)
+
+
+def fit(run, checkpoint, model, optimizer, batches, loss, validate, clip):
+    """The training loop -> whether it came to its end (False: stopped by a signal).
+
+    model: has trained() {name: parameter}, groups() lists of names, updated one after the other on each batch, and a fingerprint of what is frozen.
+    batches(step): iterator over (tensors of this process's share, possibly of length 0; ids of the whole batch) from `step` on.
+    loss(group, *tensors) -> (n,) losses, differentiable with respect to that group of parameters. validate() -> mean validation loss."""
+    args, main, named = run.args, run.rank == 0, model.trained()
+    step, best = 0, None
+    if checkpoint:
+        state = restore(checkpoint, named, optimizer)
+        step, best = state["step"], state["best"]
+        if state["fingerprint"] != model.fingerprint:
+            raise ValueError(f"{run.out} was trained with another backbone than {run.settings['base']} now gives: its files, or torch's random numbers, have changed")
+    if main:
+        print(f"{run.out}: {sum(p.numel() for p in named.values()):,} trained parameters; "
+              f"{'resumed after' if checkpoint else 'starting at'} step {step} of {run.steps}", flush=True)
+        metrics = open_metrics(run.out, step)
+
+    # For each group one flat buffer: all its gradients and, behind them, the three sums that go round with them in one all_reduce.
+    groups = [{name: named[name] for name in names} for names in model.groups()]
+    flats = [torch.zeros(sum(p.numel() for p in group.values()) + 3, device=run.device) for group in groups]
+    views = [[g.view_as(p) for p, g in zip(group.values(), flat[:-3].split([p.numel() for p in group.values()]))] for group, flat in zip(groups, flats)]
+
+    def validate_now():
+        nonlocal best
+        value = validate()
+        if best is None or value < best["validation_loss"]:
+            best = {"step": step, "validation_loss": value}
+            if main:
+                save_best(run, model, step, value)
+        if main:
+            metrics.write(json.dumps({"step": step, "epoch": round(step / run.per_epoch, 4), "validation_loss": value}) + "\n")
+            shown["validation"] = f"{value:.4f}"
+
+    def checkpoint_now():
+        if main:
+            state = {"step": step, "best": best, "fingerprint": model.fingerprint, "settings": run.settings}
+            save_checkpoint(run.out, step, optimizer_tensors(named, optimizer), state)
+
+    shown = {}
+    with tqdm(total=run.steps, initial=step, disable=not main, desc=run.out.name, unit="step", dynamic_ncols=True) as bar:
+        if checkpoint is None:
+            validate_now()
+            checkpoint_now()
+        share = batches(step)
+        while step < run.steps:
+            began = time.perf_counter()
+            tensors, ids = next(share)
+            model.train()
+            losses, norms, stopping = [], [], False
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, run.steps, args)
+            for i, (group, flat, view) in enumerate(zip(groups, flats, views)):
+                torch.manual_seed(int(np.random.SeedSequence([run.seed, step, run.rank, i]).generate_state(1)[0]))     # for dropout
+                flat.zero_()
+                for p, g in zip(group.values(), view):
+                    p.grad = g
+                for part in zip(*(t.split(args.micro_batch or len(t) or 1) for t in tensors)) if len(tensors[0]) else ():
+                    values = loss(i, *part)
+                    torch.autograd.backward(values.sum(), inputs=list(group.values()))           # adds to p.grad, that is to `flat`
+                    flat[-3] += values.detach().sum()
+                    flat[-2] += len(values)
+                flat[-1] = float(run.stop.requested)
+                sum_over_processes(flat)
+                total, n, asked = flat[-3:].tolist()
+                gradient = flat[:-3].div_(n)
+                losses, norms, stopping = losses + [total / n], norms + [gradient.norm().item()], stopping or asked > 0
+                if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
+                    raise ValueError(f"the loss of step {step + 1} is {losses[-1]}, its gradient norm {norms[-1]}: stopped before the update. Its lightcones are "
+                                     f"the rows {', '.join(map(str, ids[:20]))}{' ...' if len(ids) > 20 else ''} of {args.data}. Lower --lr; the last checkpoint is whole")
+                gradient.mul_(min(1.0, clip / (norms[-1] + 1e-6)))
+                optimizer.step()                                                                 # passes over parameters without a gradient
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if main:
+                epoch, rate = step / run.per_epoch, len(ids) / (time.perf_counter() - began)
+                if step % args.log_every == 0 or step in (1, run.steps):
+                    record = {"step": step, "epoch": round(epoch, 4), "loss": losses[0], "lr": optimizer.param_groups[0]["lr"], "grad_norm": norms[0]}
+                    record |= {"grad_norm_output": norms[1]} if len(norms) > 1 else {}
+                    metrics.write(json.dumps(record | {"samples_per_s": round(rate, 1), "memory_gb": round(peak_memory_gb(run.device), 3)}) + "\n")
+                bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{losses[0]:.4f}", **shown, refresh=False)
+                bar.update()
+            if step % (run.per_epoch * args.validate_every) == 0 or step == run.steps:
+                validate_now()
+            if step % args.checkpoint_every == 0 or step == run.steps or stopping:
+                checkpoint_now()
+            if stopping and step < run.steps:
+                if main:
+                    print(f"stopped after step {step} of {run.steps}; go on with --resume", flush=True)
+                return False
+    if main:
+        print(f"{run.out}/model.safetensors is the network after step {best['step']}, of the lowest validation loss, {best['validation_loss']:.4f}\n"
+              f"evaluate: python eval.py {args.experiment} {run.out}", flush=True)
+    return True
+
+
+# ==================================================================================================== regression
+
+
+def regress_settings(args, seed, dtype, norm):
+    """What must not change over the life of a run, and all that an evaluation needs to know."""
+    reference = args.init in REFERENCES
+    base = None if reference else os.path.abspath(args.base) if os.path.isdir(args.base) else args.base
+    hidden = (REFERENCES[args.init] if reference else load_config(base)).hidden_size
+    kept = ("experiment", "init", "blocks", "prompt", "batch_size", "epochs", "max_steps", "lr", "warmup", "decay", "dropout", "duplicate", "causal", "validate_every",
+            "deterministic")
+    return {k: getattr(args, k) for k in kept} | {
+        "base": base, "hidden_size": hidden, "data": os.path.abspath(args.data), "tokens": TOKENS_A_SIGNAL, "norm": list(norm), "seed": seed, "split_seed": 0,
+        "dtype": "float32" if reference else str(dtype).removeprefix("torch.")}
+
+
+def regress(args):
+    rank, world, device = start_processes(args.device)
+    stop, dtype = StopSignal(), resolve_dtype(args.dtype, device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    norm = data_lightcone.PUBLISHED_NORM if args.published_norm else None
+    train, validation = (data_lightcone.GlobalSignals(args.data, split, tokens=TOKENS_A_SIGNAL, norm=norm) for split in ("train", "validation"))
+    if rank == 0:
+        print(train.note, flush=True)
+    x, y, held_x, held_y = (t.to(device) for t in (train.signals, train.parameters, validation.signals, validation.parameters))
+    samples = len(x) * (2 if args.duplicate else 1)
+
+    for seed in args.seeds:
+        settings = regress_settings(args, seed, dtype, train.norm)
+        out = args.out or f"out/regress-{args.init}"
+        run = Run(args, settings, out if args.out and len(args.seeds) == 1 else f"{out}-seed{seed}", samples, rank, world, device, stop)
+        if rank == 0:
+            print(json.dumps(settings | {"processes": world, "device": str(device), "steps": run.steps, "train": len(x), "validation": len(held_x)}, indent=1), flush=True)
+        checkpoint = open_directory(run)
+        regressor = build_regressor(settings, device)
+        regressor.backbone.checkpoint_activations = args.checkpoint_activations
+        optimizer = torch.optim.AdamW(regressor.trained().values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+        def batches(step):
+            while True:
+                rows = batch_rows(samples, args.batch_size, seed, step) % len(x)
+                mine = torch.from_numpy(rows[rank::world].copy()).to(device)
+                yield (x[mine], y[mine]), train.rows[rows]
+                step += 1
+
+        def loss(group, signals, truth):
+            with torch.set_grad_enabled(group == 0):                        # the output connector's update needs no gradient through the backbone
+                hidden = regressor.hidden(signals)
+            return gaussian_nll(*regressor.head(hidden), truth)
+
+        @torch.no_grad()
+        def validate():
+            regressor.eval()
+            sums = torch.zeros(2, device=device)
+            for part in torch.arange(rank, len(held_x), world, device=device).split(args.micro_batch or args.batch_size):
+                sums += torch.stack([gaussian_nll(*regressor(held_x[part]), held_y[part]).sum(), torch.tensor(float(len(part)), device=device)])
+            total, n = sum_over_processes(sums).tolist()
+            return total / n
+
+        if not fit(run, checkpoint, regressor, optimizer, batches, loss, validate, CLIP):
+            break
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def regress_dry_run(args):
+    """Parameters by group, memory and steps, from shapes alone. The memory is an estimate for one process."""
+    reference = args.init in REFERENCES
+    config = REFERENCES[args.init] if reference else load_config(args.base)
+    config = replace(config, vocab_size=0, num_hidden_layers=args.blocks or config.num_hidden_layers)
+    with torch.device("meta"):
+        backbone = Decoder(config).requires_grad_(reference)
+        words = {piece: torch.empty(6, config.hidden_size) for piece in PROMPTS[args.prompt] if is_words(piece)}
+        regressor = Regressor(backbone, args.prompt, words)
+    groups = {"input_connector": 0, "output_connector": 0, "tokens": 0, "backbone": 0}
+    for name, p in regressor.trained().items():
+        groups[name.split(".")[0]] += p.numel()
+    frozen = sum(p.numel() for p in regressor.parameters() if not p.requires_grad)
+    samples = steps = None
+    if os.path.exists(args.data):
+        train = data_lightcone.GlobalSignals(args.data, "train", tokens=TOKENS_A_SIGNAL)
+        samples = len(train)
+        steps = count_steps(samples * (2 if args.duplicate else 1), args)
+    print(json.dumps({"config": {**vars(args), "model": vars(config)}, "trainable_parameters": sum(groups.values()), "trainable_by_group": groups,
+                      "frozen_parameters": frozen, "train_lightcones": samples, "steps": steps}, indent=1))
+
+
+# ========================================================================================================== demo
+
+
+def main(argv=None):
+    args = arguments(argv)
+    advice = "lower --micro-batch" + (f" (now {args.micro_batch or args.batch_size})") + ("" if args.checkpoint_activations else ", or add --checkpoint-activations")
+    try:
+        regress_dry_run(args) if args.dry_run else regress(args)
+    except subprocess.CalledProcessError as e:
+        fail(f"a part of the demo failed, see above ({Path(e.cmd[1]).name})")
+    except torch.OutOfMemoryError:
+        fail(f"out of memory: {advice}")
+    except (ValueError, OSError) as e:
+        fail(e)
+    except RuntimeError as e:
+        if "not enough memory" in str(e) or "can't allocate memory" in str(e):
+            fail(f"out of memory: {advice}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
