@@ -468,3 +468,42 @@ def build_generator(settings, device="cpu", dtype=None):
         generator = Generator(backbone, words, settings["patch"], dtype or stored, seed_of(settings["seed"], 1))
     generator.settings, generator.fingerprint = settings, fingerprint
     return generator.to(device).eval()
+
+
+def load_generator(run_directory, device="cpu", dtype=None):
+    """A directory that train_l3m.py generate wrote -> Generator in eval mode with the weights of the best validation; its settings: `.settings`.
+
+    Raises ValueError if the directory holds no such run, none that has been validated yet, or if base and weights do not fit each other."""
+    config, weights = Path(run_directory) / "config.json", Path(run_directory) / "model.safetensors"
+    if not config.exists():
+        raise ValueError(f"{run_directory} holds no run: {config.name} is missing; train one with train_l3m.py generate")
+    try:
+        settings = json.loads(config.read_text())["settings"]
+        experiment = settings["experiment"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{config} cannot be read ({e!r}); is {run_directory} a run of train_l3m.py?") from None
+    if experiment != "generate":
+        raise ValueError(f"{run_directory} is a run of train_l3m.py {experiment}, not of generate")
+    if not weights.exists():
+        raise ValueError(f"{run_directory} has no {weights.name} yet: go on with train_l3m.py generate --resume")
+    generator = build_generator(settings, device, dtype)
+    named = generator.trained()
+    try:
+        with safe_open(weights, framework="pt") as f:
+            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{weights} is damaged ({e})") from None
+    shapes, expected = ({name: tuple(t.shape) for name, t in d.items()} for d in (tensors, named))
+    if shapes != expected:
+        wrong = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+        raise ValueError(f"{weights} does not fit its backbone (hidden size {generator.backbone.config.hidden_size}): "
+                         + "; ".join(f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in wrong[:3]))
+    if metadata.get("fingerprint", str(generator.fingerprint)) != str(generator.fingerprint):
+        raise ValueError(f"{run_directory} was trained with another backbone than {settings['base']} now gives: its files, or torch's random numbers, have changed")
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(tensors[name])
+    for module in generator.backbone.modules():               # trained matrices are cast once and for all, not at each of thousands of calls
+        if isinstance(module, nn.Linear):
+            module.to(generator.dtype)
+    return generator
