@@ -1,0 +1,63 @@
+"""bench_lm.py: every comparison runs through on a small model; what it reports is consistent. No figure is judged here."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import bench_lm
+from conftest import ROOT
+
+pytest.importorskip("peft")
+
+
+def run(*flags):
+    return subprocess.run([sys.executable, str(ROOT / "tests" / "bench_lm.py"), *map(str, flags)], capture_output=True, text=True)
+
+
+def test_quick(tiny, tmp_path):
+    """Random weights of a shape (so the checkpoint is made, too), real tokens: every side gives a figure, and losses agree."""
+    base, data = tiny
+    out = tmp_path / "bench.json"
+    done = run("--base", base, "--data", data.parent / "snapshot.jsonl", "--shape", base, "--quick", "--dtype", "float32", "--only", "nf4_grouped,losses,generate",
+               "--json", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(out.read_text())
+    comparisons = report["comparisons"]
+    assert set(comparisons) == {"nf4", "nf4_grouped", "losses", "generate"}
+    for name in ("nf4_grouped", "generate"):
+        c = comparisons[name]
+        for key in ("tokens_per_s", "peak_memory_gb", "above_weights_gb"):
+            assert c["ours"][key] > 0 and c["peer"][key] > 0 and c["ratio"][key] == pytest.approx(c["ours"][key] / c["peer"][key])
+        assert name in done.stdout
+    assert 0 < comparisons["nf4"]["ours"]["flop_utilisation"] < 1
+    assert comparisons["losses"]["largest_difference"] < 1e-4               # float32 on both sides
+    assert len(comparisons["losses"]["ours"]) == 2 and comparisons["losses"]["ours"][0] != comparisons["losses"]["ours"][1]
+
+
+def test_batches(tmp_path):
+    """Plain and grouped batches are of the same abstracts; grouped ones pad less and run over all lengths."""
+    args = bench_lm.SimpleNamespace(data=None, batch_size=8, steps=5, repetitions=10)
+    draw = bench_lm.sequences(args, tmp_path, 1000)
+    plain, grouped = bench_lm.training_batches(draw, args)
+    assert plain[1][0] == draw(6) != draw(7)
+    lengths = np.array([len(s) for step in range(bench_lm.WINDOW) for s in draw(step)])
+    assert abs(np.mean(lengths) - 135) < 10 and lengths.min() >= 7 and lengths.max() <= 621
+    timed = [batch for r in grouped for batch in r[1:]]                      # 50 of the window's 50 batches: each once
+    assert sorted(len(s) for batch in timed for s in batch) == sorted(lengths)
+    assert sum(8 * max(map(len, b)) for b in timed) < 1.15 * lengths.sum() < sum(8 * max(map(len, draw(k))) for k in range(50))
+
+
+def test_padded():
+    ids, mask = bench_lm.padded([[5, 6, 7], [8]], 0)
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    ids, mask = bench_lm.padded([[5, 6, 7], [8]], 0, side="left")
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize("flags", [["--only", "speed"], [], ["--base", "nowhere", "--data", "nowhere.jsonl"], ["--shape", "gpt-5"]])
+def test_bad_input_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        bench_lm.main(flags)
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
