@@ -293,7 +293,7 @@ def load_regressor(run_directory, device="cpu", dtype=None):
 # the output connector, conditions a velocity network (flow.py) that draws the patch.
 #
 #     generator = load_generator("out/generate-pretrained-seed0")            # what train_l3m.py generate wrote
-#     loss = generator(slices, conditions)                                   # (B, 12, X, Y) normalised, (B, 7), as SubLightcones returns them
+#     loss = generator(slices, conditions).mean()                            # (B, 12, X, Y) normalised, (B, 7), as SubLightcones returns them
 #     for s in generator.generate(slices[:, :2], conditions, 100, bins=2350, seeds=range(B)):  # (B, 1, X, Y), slice after slice
 #
 # Shapes: S slices of X x Y cells, R x K patches of p x p cells each, L = R (K + 1) + 1 tokens a slice.
@@ -380,12 +380,13 @@ class Generator(nn.Module):
         return self.head(hidden[:, before.flatten(1).to(hidden.device)])                        # (B, S - 2, R*K, C) -> (B, S - 2, R*K, 2, p, p)
 
     def forward(self, slices, conditions, noise=None, t=None):
-        """Loss of flow matching, the mean over all patches of slices 3..: slices (B, S, X, Y) normalised, conditions (B, 7) -> scalar.
+        """Loss of flow matching, for each lightcone the mean over all patches of slices 3..: slices (B, S, X, Y) normalised, conditions (B, 7) -> (B,).
 
         noise (B, S - 2, R*K, p, p) and t (B, S - 2, R*K): drawn from torch's global generator unless given."""
         cond = self.patch_conditions(slices, conditions).flatten(0, 2)                          # (N, 2, p, p)
         x = patch(slices[:, CONTEXT:], self.p).reshape(-1, 1, self.p, self.p)                   # (B, S - 2, R, K, p*p) -> (N, 1, p, p)
-        return cfm_loss(self.velocity, x, cond, None if noise is None else noise.reshape(x.shape), None if t is None else t.flatten())
+        losses = cfm_loss(self.velocity, x, cond, None if noise is None else noise.reshape(x.shape), None if t is None else t.flatten())
+        return losses.view(len(slices), -1).mean(1)                                             # (N,) -> (B, (S - 2)*R*K) -> (B,)
 
     @torch.no_grad()
     def generate(self, slices, conditions, n, bins, seeds, samples=1, window=12, slide=6, **solver):
@@ -426,6 +427,10 @@ class Generator(nn.Module):
     def trained(self):
         """{name: parameter} of all that is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def groups(self):
+        """Lists of names, updated one after the other on each batch: here all at once."""
+        return [list(self.trained())]
 
 
 def choose_trained(backbone, tune, rank, seed=0):

@@ -9,7 +9,7 @@ from t = 0 to 1 draws x(1) from p(x | c). Here x is one patch of a slice and the
 before that patch (arXiv:2506.14757; connectors.py).
 
     net = VelocityCNN()                                   # 494,465 parameters
-    loss = cfm_loss(net, x, cond)                         # x (N, 1, h, w), cond (N, 2, h, w)
+    loss = cfm_loss(net, x, cond).mean()                  # x (N, 1, h, w), cond (N, 2, h, w)
     x, evaluations = sample(net, cond, generator=torch.Generator().manual_seed(0))
 
 `cfm_loss` and `sample` take any `net` with two parts: net.condition(cond) -> c, computed once, and net(x, t, c) -> velocity, of x's shape.
@@ -54,14 +54,14 @@ class VelocityCNN(nn.Module):
 
 
 def cfm_loss(net, x, cond, noise=None, t=None):
-    """Mean squared error of the velocity against x - e at x_t = (1 - t) e + t x (arXiv:2210.02747, eq. 23 with sigma_min = 0) -> scalar.
+    """Mean squared error of the velocity against x - e at x_t = (1 - t) e + t x (arXiv:2210.02747, eq. 23 with sigma_min = 0), of each sample: (N,).
 
     x (N, ...), cond (N, ...). noise, like x, ~ N(0, 1), and t (N,), ~ U(0, 1), are drawn from torch's global generator unless given: a
     validation loss is comparable from epoch to epoch only with the same draws."""
     noise = torch.randn_like(x) if noise is None else noise
     t = torch.rand(len(x), device=x.device) if t is None else t
     velocity = net((1 - wide(t, x)) * noise + wide(t, x) * x, t, net.condition(cond))
-    return F.mse_loss(velocity, x - noise)
+    return (velocity - (x - noise)).square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sampler
