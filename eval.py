@@ -13,6 +13,8 @@
     python eval.py compare out/s*-all out/s*-qkv --completions out/completions-s1-test.jsonl    # one table, one figure, all runs
     python eval.py perplexity out/s1-all out/s10-all --across hep-th hep-ph gr-qc q-bio cs      # does physics training hurt elsewhere?
     python eval.py export out/s1-all --out merged --push ORG/NAME    # a 16-bit checkpoint with a model card, to the hub
+    python eval.py regress out/regress-*-seed*                   # L3M: errors, loss and calibration of the six parameters, with figures
+    python eval.py regress out/regress-pretrained-seed0 --lightcone mine.h5    # the posterior of your own lightcone
 
 perplexity: of an abstract, exp(mean negative log-likelihood of its tokens after BOS), no EOS added; the figure is the mean over
 abstracts with a 95% bootstrap interval (arXiv:2508.03716 reports 11.20 for Llama-3.1-8B and 9.83 for its best variant on hep-th).
@@ -38,6 +40,12 @@ within each epoch only, so that a step at an epoch's end stays one: `all` shows 
 
 export: the adapter merged into the 16-bit base, a checkpoint that transformers, vLLM and llama.cpp's converter open (or, with --what
 adapter, the adapter in peft's format), with a model card: base, data, hyperparameters, what was measured, licence.
+
+regress (arXiv:2506.14757): runs of train_l3m.py on held-out lightcones, which they predict a Gaussian each over the six parameters for. Loss
+and mean absolute error in units of the prior's width, beside the prior mean and ridge regression on the same signals; intervals are
+bootstrapped over lightcones, differences lightcone by lightcone. Figures: validation loss by epoch, a band over seeds, and by depth;
+prediction against truth, 50 samples a lightcone; and, not in the paper, coverage and sharpness: whether the Gaussian's intervals hold the
+truth as often as they claim, and how wide they are. Of your own lightcone: the Gaussian in physical units, as table and corner plot.
 """
 import argparse
 import base64
@@ -53,6 +61,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -61,8 +70,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data_arxiv
+from connectors import coverage, gaussian_nll, joint_coverage, load_regressor, sample_gaussian, standard_deviation
+from data_lightcone import BINS, CELL, PARAMETERS, PRIORS, PUBLISHED_NORM, GlobalSignals, open_store, read_lightcone
 from lora import load_adapter, merge
-from model import bos_eos, fetch, generate, load_pretrained, load_tokenizer, save_pretrained, token_nll
+from model import bos_eos, fetch, generate, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
 from quant import NF4Linear
 from train_lm import fail, resolve_dtype, start_processes, sync
 
@@ -71,15 +82,20 @@ COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 # ---------------------------------------------------------------------------------------------------------- runs and data
 
 
-def read_run(directory):
-    """A run directory of train_lm.py -> its settings (base, data, subset, ...). ValueError if it is none or has no adapter yet."""
-    directory = Path(directory)
+def read_run(directory, experiment=None):
+    """A run directory of train_lm.py, or of an `experiment` of train_l3m.py -> its settings (base, data, seed, ...). ValueError if it is none, or
+    has no result yet."""
+    directory, script = Path(directory), "train_l3m.py" if experiment else "train_lm.py"
     try:
         settings = json.loads((directory / "config.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{directory} is no run directory of train_lm.py: it has no config.json with settings") from None
-    if not (directory / "adapter" / "adapter_config.json").exists():
-        raise ValueError(f"{directory} has no adapter yet: finish the run first (the same train_lm.py command with --resume)")
+        found = settings.get("experiment")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{directory} is no run directory of {script}: it has no config.json with settings") from None
+    if found != experiment:
+        whose, command = (f"train_l3m.py {found}", found) if found else ("train_lm.py", "perplexity")
+        raise ValueError(f"{directory} is a run of {whose}: evaluate it with `eval.py {command}`")
+    if not (directory / ("model.safetensors" if experiment else "adapter/adapter_config.json")).exists():
+        raise ValueError(f"{directory} has no {'model' if experiment else 'adapter'} yet: finish the run first (the same {script} command with --resume)")
     return settings
 
 
@@ -1187,6 +1203,369 @@ def export(args):
         print(f"uploaded: https://huggingface.co/{args.push}")
 
 
+# ------------------------------------------------------------------------- regress: six parameters from the global 21cm signal
+
+SYMBOLS = [r"$m_{\rm WDM}$", r"$\Omega_m$", r"$\log_{10} L_X$", "$E_0$", r"$\log_{10} T_{\rm vir}$", r"$\zeta$"]
+UNITS = ["keV", "", "erg/s/(Msun/yr)", "eV", "K", ""]
+DIGITS = [2, 3, 2, 0, 2, 0]                                   # decimals that make sense
+LEVELS = np.linspace(0.05, 0.95, 19)                          # nominal levels of the coverage
+
+
+def axis_label(j):
+    return f"{SYMBOLS[j]} [{UNITS[j]}]" if UNITS[j] else SYMBOLS[j]
+
+
+def to_physical(unit, j=slice(None)):
+    """[0, 1] over the priors -> physical units, for all parameters (..., 6) or for parameter j."""
+    return PRIORS[j, 0] + unit * (PRIORS[j, 1] - PRIORS[j, 0])
+
+
+def group_seeds(runs, settings):
+    """Runs whose settings differ by the seed only belong together -> {name: [(run, settings), ...]}, named like the first without its "-seedN"."""
+    groups = {}
+    for run, s in zip(runs, settings):
+        same = json.dumps({k: v for k, v in s.items() if k not in ("seed", "norm")}, sort_keys=True)
+        groups.setdefault(same, []).append((run, s))
+    names = [re.sub(r"[-_]?seed\d+$", "", Path(members[0][0]).resolve().name) for members in groups.values()]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two groups of runs with different settings are called {name}: rename a directory, so that tables can tell them apart")
+    return dict(zip(names, groups.values()))
+
+
+def read_signals(path, settings, split, own):
+    """The signals of a split as a run saw them: GlobalSignals. own: the path is the run's own, so the split must be, too.
+
+    Raises ValueError if the file is not there, or has grown since: then the split is another, and its test lightcones were trained on."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}, the lightcones of the run, is not there: say with --data where they are")
+    norm, how = settings["norm"], {"tokens": settings["tokens"], "seed": settings["split_seed"]}
+    if own and tuple(norm) != PUBLISHED_NORM and not np.allclose(GlobalSignals(path, "train", **how).norm, norm, rtol=1e-6):
+        raise ValueError(f"{path} is not what it was when the run was trained on it, so its test lightcones are others: take it as it was then, "
+                         "or, if you know that the run has not seen them, name it with --data")
+    return GlobalSignals(path, split, norm=norm, **how)
+
+
+@torch.no_grad()
+def predict(regressor, signals, device, batch_size):
+    """The Gaussians that a run predicts from signals (N, tokens): mean (N, 6) in [0, 1], lower-triangular L (N, 6, 6) of the precision L L^T."""
+    parts = [regressor(batch.to(device)) for batch in signals.split(batch_size)]
+    return tuple(torch.cat(part).float().cpu() for part in zip(*parts))
+
+
+def baselines(train, validation):
+    """What needs no network, as Gaussians like a run's -> {name: function of signals (N, tokens) to mean (N, 6), L (N, 6, 6)}, and ridge's alpha.
+
+    prior mean: 0.5 for each parameter, with the training set's scatter about it. ridge regression: linear in the signal, weights
+    (X^T X + alpha)^-1 X^T Y from the training set, alpha and the covariance from the validation set; clamped to the prior."""
+    X, Y = train.signals.double(), train.parameters.double()
+    x0, y0 = X.mean(0), Y.mean(0)
+
+    def linear(alpha):
+        weights = torch.linalg.solve((X - x0).T @ (X - x0) + alpha * torch.eye(len(x0)), (X - x0).T @ (Y - y0))            # (tokens, 6)
+        return lambda signals: ((signals.double() - x0) @ weights + y0).clamp(0, 1)
+
+    def gaussian(mean_of, residual):
+        covariance = residual.T @ residual / len(residual)
+        if len(residual) < 60:                                # too few for 15 correlations
+            covariance = covariance.diag().diag()
+        L = torch.linalg.cholesky(torch.linalg.inv(covariance)).float()
+        return lambda signals: (mean_of(signals).float(), L.expand(len(signals), 6, 6))
+
+    residual = {alpha: validation.parameters.double() - linear(alpha)(validation.signals) for alpha in np.logspace(-4, 4, 33).tolist()}
+    alpha = min(residual, key=lambda alpha: residual[alpha].square().mean())
+    return {"ridge regression": gaussian(linear(alpha), residual[alpha]),
+            "prior mean": gaussian(lambda signals: torch.full((len(signals), 6), 0.5), Y - 0.5)}, alpha
+
+
+def score(mean, L, y, samples, seed):
+    """Gaussians (N, 6), (N, 6, 6) against the truth (N, 6), in units of the prior's width -> arrays: loss (N,), error |mean - truth| (N, 6),
+    sigma (N, 6), coverage (levels, 6), of all six at once joint (levels,), and samples (samples, N, 6) clamped to the prior."""
+    draws = sample_gaussian(mean, L, samples, torch.Generator().manual_seed(seed)).clamp(0, 1)
+    found = {"loss": gaussian_nll(mean, L, y), "error": (mean - y).abs(), "sigma": standard_deviation(L), "coverage": coverage(mean, L, y, LEVELS),
+             "joint": joint_coverage(mean, L, y, LEVELS), "samples": draws}
+    return {k: np.asarray(v, float) for k, v in found.items()}
+
+
+def regress(args):
+    """The table and the figures of any number of runs; or, with --lightcone, the posterior of a user's own lightcones."""
+    settings = [read_run(run, "regress") for run in args.runs]
+    _, _, device = start_processes(args.device)
+    if args.lightcone:
+        return posteriors(args, settings, device)
+    for run, s in zip(args.runs, settings):
+        if any(s[k] != settings[0][k] for k in ("tokens", "norm", "split_seed")) or not args.data and s["data"] != settings[0]["data"]:
+            raise ValueError(f"{run} was trained on other lightcones, or another normalisation of them, than {args.runs[0]}: they cannot share a table")
+    groups, data = group_seeds(args.runs, settings), args.data or settings[0]["data"]
+    train, validation, test = (read_signals(data, settings[0], split, not args.data) for split in ("train", "validation", args.split))
+    y, methods = test.parameters, []
+    with tqdm(total=len(args.runs), desc="predictions", unit="run", dynamic_ncols=True) as bar:
+        for i, (name, members) in enumerate(groups.items()):
+            scores, best = [], []
+            for run, s in members:
+                gaussians = predict(load_regressor(run, device), test.signals, device, args.batch_size)
+                scores.append(score(*gaussians, y, args.samples, args.seed))
+                records = [r for r in read_metrics(run) if "validation_loss" in r]
+                if records[-1]["epoch"] < s["epochs"] and records[-1]["step"] != s["max_steps"]:
+                    tqdm.write(f"note: {run} has come to epoch {records[-1]['epoch']:g} of {s['epochs']}: its best network so far is judged", file=sys.stderr)
+                best.append(min(r["validation_loss"] for r in records))
+                bar.update()
+            methods.append({"name": name, "runs": [str(run) for run, _ in members], **{k: members[0][1][k] for k in ("init", "base", "blocks", "prompt")},
+                            "validation loss": best, "look": {"color": COLOURS[1 + i % 6], "ls": ["-", "--", ":"][i // 6 % 3]},
+                            **{k: np.mean([of_seed[k] for of_seed in scores], 0) for k in ("loss", "error", "sigma", "coverage", "joint")},
+                            "samples": np.concatenate([of_seed["samples"] for of_seed in scores])})
+    gaussians, alpha = baselines(train, validation)
+    for (name, gaussian), look in zip(gaussians.items(), ({"color": "0.4", "ls": "--"}, {"color": "0.6", "ls": ":"})):
+        loss = gaussian_nll(*gaussian(validation.signals), validation.parameters).mean().item()
+        methods.append({"name": name, "runs": [], "validation loss": [loss], "look": look, **score(*gaussian(test.signals), y, args.samples, args.seed)})
+    report = {"data": str(data), "split": args.split, "lightcones": len(y), "samples": args.samples, "seed": args.seed, "ridge alpha": alpha,
+              "levels": LEVELS.tolist(), "methods": [method_report(m, methods[0]) for m in methods]}
+    print_regression(report)
+    beside = Path(args.runs[0]) if len(args.runs) == 1 else Path(args.runs[0]).resolve().parent
+    out = args.out or beside / (f"regress-{args.split}" + (f"-{Path(args.data).stem}" if args.data else ""))
+    write_json(f"{out}.json", report)
+    draw_losses(methods, f"{out}-loss.png")
+    draw_parameters(methods, y.numpy(), f"{out}-parameters.png")
+    draw_calibration(methods, len(y), f"{out}-calibration.png")
+    if len({m["blocks"] for m in methods if m.get("init") in ("pretrained", "random")}) > 1:
+        draw_depth(methods, f"{out}-depth.png")
+
+
+def method_report(m, first):
+    """What the JSON says of a method: means over the lightcones with intervals; against the first method, lightcone by lightcone."""
+    per_parameter = {k: {p: summary(v) for p, v in zip(PARAMETERS, m[k].T)} for k in ("error", "sigma")}
+    return {k: m.get(k) for k in ("name", "runs", "init", "base", "blocks", "prompt")} | {
+        "validation loss": {"mean": np.mean(m["validation loss"]), "std": np.std(m["validation loss"]), "seeds": m["validation loss"]},
+        "loss": summary(m["loss"]), "loss minus the first's": summary(m["loss"] - first["loss"]), "mean error": summary(m["error"].mean(1)), **per_parameter,
+        "coverage": {p: c.tolist() for p, c in zip(PARAMETERS, m["coverage"].T)}, "joint coverage": m["joint"].tolist()}
+
+
+def print_regression(report):
+    rows = report["methods"]
+    print_table(f"{report['lightcones']} {report['split']} lightcones of {report['data']}: loss in nats a parameter, mean [95% interval]",
+                ["", "seeds", "best validation loss", f"{report['split']} loss", f"minus {rows[0]['name']}'s", "mean of the six errors"],
+                [[r["name"], len(r["runs"]) or "-", f"{r['validation loss']['mean']:.4f}" + (f" +- {r['validation loss']['std']:.4f}" if len(r["runs"]) > 1 else ""),
+                  interval(r["loss"]), interval(r["loss minus the first's"]) if i else "-", interval(r["mean error"])] for i, r in enumerate(rows)])
+    print_table("error: mean |predicted mean - truth| in units of the prior's width [95% interval]", ["", *PARAMETERS],
+                [[r["name"], *(interval(r["error"][p]) for p in PARAMETERS)] for r in rows])
+
+
+def draw_losses(methods, path):
+    """Validation loss against epoch: the mean over seeds, and one standard deviation as a band."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    lasts, top, bottom = [], methods[-1]["validation loss"][0], min(min(m["validation loss"]) for m in methods)        # top: the prior mean's
+    for m in methods:
+        if not m["runs"]:
+            ax.axhline(m["validation loss"][0], **m["look"], lw=1, label=m["name"])
+            continue
+        curves = [{r["epoch"]: r["validation_loss"] for r in read_metrics(run) if "validation_loss" in r} for run in m["runs"]]
+        epochs = sorted(set.intersection(*map(set, curves)))                            # a seed may have been stopped earlier
+        values = np.array([[curve[e] for e in epochs] for curve in curves])             # (seeds, epochs)
+        mean, std = values.mean(0), values.std(0)
+        ax.plot(epochs, mean, **m["look"], label=m["name"] + (f" ({len(curves)} seeds)" if len(curves) > 1 else ""))
+        ax.fill_between(epochs, mean - std, mean + std, color=m["look"]["color"], alpha=0.25, lw=0)
+        lasts.append(epochs[-1])
+    ax.set(xlabel="epoch", ylabel="validation loss [nats a parameter]", xscale="log" if max(lasts) > 10 * min(lasts) else "linear",
+           ylim=np.array([bottom, top]) + 0.07 * abs(top - bottom) * np.array([-1, 1]))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def draw_parameters(methods, y, path, bins=10):
+    """For each parameter, above: the samples (mean and standard deviation) in ten bins of the truth; below: mean |sample - truth| / prior width."""
+    plt = pyplot()
+    fig, axes = plt.subplots(4, 3, figsize=(11, 9.5), height_ratios=[3, 1.3] * 2, layout="constrained")
+    bin_of = np.minimum((y * bins).astype(int), bins - 1)                               # (N, 6)
+    for j in range(6):
+        above, below = axes[j // 3 * 2:j // 3 * 2 + 2, j % 3]
+        filled = np.unique(bin_of[:, j])
+        above.plot(PRIORS[j], PRIORS[j], color="0.7", lw=1)
+        for i, m in enumerate(methods):
+            in_bin = [m["samples"][:, bin_of[:, j] == b, j] for b in filled]            # (samples, lightcones in the bin) each
+            mean, std = to_physical(np.array([s.mean() for s in in_bin]), j), np.array([s.std() for s in in_bin]) * np.ptp(PRIORS[j])
+            error = [np.abs(s - y[bin_of[:, j] == b, j]).mean() for s, b in zip(in_bin, filled)]
+            centre = to_physical((filled + 0.5) / bins, j)
+            shift = (i - (len(methods) - 3) / 2) * 0.6 / bins / len(methods) * np.ptp(PRIORS[j])
+            if m["runs"]:
+                above.errorbar(centre + shift, mean, yerr=std, color=m["look"]["color"], fmt="osD^vP"[i % 6], ms=3.5, lw=1, label=m["name"])
+            below.plot(centre, error, **m["look"], lw=1.2, label=None if m["runs"] else m["name"])
+        above.set(xlim=PRIORS[j], ylim=PRIORS[j], ylabel=f"predicted {axis_label(j)}")
+        below.set(xlim=PRIORS[j], ylim=(0, None), xlabel=f"true {axis_label(j)}", ylabel="error / prior width" if j % 3 == 0 else None)
+        above.tick_params(labelbottom=False)
+        for ax in (above, below):
+            ax.grid(alpha=0.3)
+    handles = [sum(h, []) for h in zip(*(ax.get_legend_handles_labels() for ax in (above, below)))]
+    fig.legend(*handles, loc="outside upper center", ncols=min(6, len(methods)), fontsize=9)
+    save_figure(fig, path)
+
+
+def draw_calibration(methods, n, path):
+    """Coverage: how often the truth lies in the central interval of each level (black: in the ellipsoid of all six), a panel for each method; in
+    the grey band 95% of calibrated ones would be. Sharpness: the predicted standard deviation, median and central 68% over the lightcones."""
+    plt = pyplot()
+    shown = methods[:-1]                                      # all but the prior mean
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    fig = plt.figure(figsize=(max(8, 2.7 * columns), 2.8 * rows + 3.4), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=[2.8 * rows, 3.4])
+    axes = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax, m in zip(axes.flat, shown):
+        band = 1.96 * np.sqrt(LEVELS * (1 - LEVELS) / n)
+        ax.fill_between(LEVELS, LEVELS - band, LEVELS + band, color="0.85")
+        ax.plot([0, 1], [0, 1], color="0.5", lw=1)
+        for j in range(6):
+            ax.plot(LEVELS, m["coverage"][:, j], color=COLOURS[1 + j], lw=1.2, label=SYMBOLS[j])
+        ax.plot(LEVELS, m["joint"], color="k", ls="--", lw=1.2, label="all six")
+        ax.set_title(m["name"], fontsize=9)
+        ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
+    for ax in axes.flat[len(shown):]:
+        ax.axis("off")
+    above.supxlabel("nominal level", fontsize=10)
+    above.supylabel("truth inside, fraction", fontsize=10)
+    above.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    ax = below.subplots()
+    for i, m in enumerate(shown):
+        low, middle, high = np.quantile(m["sigma"], [0.16, 0.5, 0.84], axis=0)          # (6,) each
+        ax.errorbar(np.arange(6) + (i - (len(shown) - 1) / 2) * 0.8 / len(shown), middle, yerr=[middle - low, high - middle], fmt="osD^vP"[i % 6],
+                    color=m["look"]["color"], ms=4, capsize=2, label=m["name"])
+    ax.axhline(12 ** -0.5, color="0.6", ls=":", label="prior")
+    ax.set_xticks(range(6), SYMBOLS)
+    ax.set(ylim=(0, None), ylabel="predicted std / prior width")
+    ax.grid(alpha=0.3, axis="y")
+    below.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    save_figure(fig, path)
+
+
+def draw_depth(methods, path):
+    """Best validation loss against the number of blocks, mean and one standard deviation over seeds: a line for each backbone and prompt."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    lines = {}
+    for m in methods:
+        if m.get("init") in ("pretrained", "random"):
+            depth = m["blocks"] or load_config(m["base"]).num_hidden_layers
+            lines.setdefault(f"{m['init']}, {m['prompt']}", []).append((depth, np.mean(m["validation loss"]), np.std(m["validation loss"])))
+        elif m["runs"]:                                       # a reference
+            ax.axhline(np.mean(m["validation loss"]), **m["look"], lw=1.2, label=m["name"])
+    for i, (name, points) in enumerate(lines.items()):
+        depth, mean, std = zip(*sorted(points))
+        ax.errorbar(depth, mean, yerr=std, color=COLOURS[i % 7], marker="osD^vP"[i % 6], ms=5, capsize=3, label=name)
+    ax.set(xlabel="blocks of the backbone", ylabel="best validation loss [nats a parameter]")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def read_own(path, settings, data):
+    """A user's lightcone as a run would have seen it -> (signal (1, tokens) float32, Lightcone, notes: a sentence each).
+
+    It is read from its low-z end over the comoving depth of the training lightcones; those are looked at if `data` is a store that is there.
+    ValueError if it cannot be read, or is not so deep."""
+    tokens, (mean, deviation), whole = settings["tokens"], settings["norm"], read_lightcone(path, bins=None, cube=False)
+    notes, cell, depth, store = list(whole.notes), whole.cell, BINS * CELL, None
+    if h5py.is_hdf5(data):
+        store = GlobalSignals(data, "train", tokens=tokens, norm=settings["norm"])
+        with open_store(data) as f:
+            z_end, depth, width = f["redshifts"][0, -1], f["redshifts"].shape[1] * f["cell_mpc"][0], f["brightness_temp"].shape[2] * f["cell_mpc"][0]
+    if not math.isfinite(cell):
+        cell = CELL
+        notes.append(f"cell size unknown, {CELL:.2f} Mpc assumed")
+    bins = tokens * max(1, round(depth / cell / tokens))
+    if bins > len(whole.redshifts):
+        raise ValueError(f"{path}: {len(whole.redshifts)} line-of-sight bins of {cell:.2f} Mpc; the run needs {bins}, the first {depth:.0f} Mpc from low z")
+    lightcone = read_lightcone(path, bins)
+    signal = lightcone.cube.mean((1, 2), dtype=np.float64).reshape(1, tokens, -1).mean(2)         # (T, X, Y) -> (1, tokens), mK
+    signal = torch.from_numpy((signal - mean) / deviation).float()
+    if store is None:
+        notes.append(f"{data} is not there or no store, so whether this lightcone is like the training lightcones was not checked")
+        return signal, lightcone, notes
+    if abs(lightcone.redshifts[-1] - z_end) > 0.05:
+        notes.append(f"it ends at z = {lightcone.redshifts[-1]:.2f}, the training lightcones at {z_end:.2f}: every value of the signal is at another redshift")
+    if abs(bins * cell / depth - 1) > 0.01:
+        notes.append(f"it is {bins * cell:.0f} Mpc deep, the training lightcones {depth:.0f} Mpc")
+    if abs(lightcone.sky * cell / width - 1) > 0.1:
+        notes.append(f"its sky is {lightcone.sky * cell:.0f} Mpc wide, the training lightcones' {width:.0f} Mpc: its cosmic variance is not theirs")
+    outside = (signal < store.signals.min(0).values) | (signal > store.signals.max(0).values)
+    if outside.any():
+        notes.append(f"{int(outside.sum())} of {tokens} values are outside the range of the training signals: the posterior is an extrapolation")
+    return signal, lightcone, notes
+
+
+def posteriors(args, settings, device):
+    """Predict the six parameters of a user's own lightcones with one run: table, JSON and corner plot each."""
+    if len(args.runs) > 1:
+        raise ValueError("--lightcone takes one run: name the run whose posterior you want")
+    run, s, stems = args.runs[0], settings[0], [Path(file).stem for file in args.lightcone]
+    if len(set(stems)) < len(stems):
+        raise ValueError("two of the lightcone files have the same name: their figures would overwrite each other, rename one")
+    regressor, data = load_regressor(run, device), args.data or s["data"]
+    for file, stem in zip(args.lightcone, stems):
+        signal, lightcone, notes = read_own(file, s, data)
+        for note in notes:
+            print(f"note: {file}: {note}", file=sys.stderr)
+        mean, L = predict(regressor, signal, device, 1)
+        width = PRIORS[:, 1] - PRIORS[:, 0]
+        mean, covariance = to_physical(mean[0].double().numpy()), torch.cholesky_inverse(L[0].double()).numpy() * width[:, None] * width         # physical units
+        std, truth = np.sqrt(covariance.diagonal()), lightcone.parameters
+        low, high = np.clip(mean - std, *PRIORS.T), np.clip(mean + std, *PRIORS.T)
+        print_table(f"posterior of {file} by {Path(run).resolve().name}", ["", "unit", "mean", "std", "68% interval", "truth"],
+                    [[p, UNITS[j], f"{mean[j]:.{d}f}", f"{std[j]:.{d}f}", f"{low[j]:.{d}f} - {high[j]:.{d}f}", f"{truth[j]:.{d}f}" if math.isfinite(truth[j]) else "-"]
+                     for j, (p, d) in enumerate(zip(PARAMETERS, DIGITS))])
+        out = f"{args.out or Path(run) / 'posterior'}-{stem}"
+        write_json(f"{out}.json", {"file": str(file), "run": str(run), "notes": notes, "covariance": covariance.tolist(), "parameters": {
+            p: {"mean": mean[j], "std": std[j], "low": low[j], "high": high[j], "truth": truth[j] if math.isfinite(truth[j]) else None, "unit": UNITS[j]}
+            for j, p in enumerate(PARAMETERS)}})
+        signal = (signal[0] * s["norm"][1] + s["norm"][0]).numpy()
+        draw_corner(mean, covariance, truth, lightcone.redshifts.reshape(len(signal), -1).mean(1), signal, f"{stem}, by {Path(run).resolve().name}", f"{out}.png")
+
+
+def draw_corner(mean, covariance, truth, z, signal, title, path):
+    """A Gaussian posterior in physical units, cut at the prior: each parameter's density, each pair's 68% and 95% contours; the truth where it is
+    known. Above them, the signal (tokens,) in mK at the redshifts z that it was predicted from."""
+    plt = pyplot()
+    fig, axes = plt.subplots(6, 6, figsize=(11, 11), gridspec_kw={"left": 0.08, "right": 0.98, "bottom": 0.07, "top": 0.97, "wspace": 0.14, "hspace": 0.22})
+    std = np.sqrt(covariance.diagonal())
+    low, high = (np.fmin(mean - 4 * std, truth - std), np.fmax(mean + 4 * std, truth + std))       # fmin, fmax: an unknown truth is left out
+    low, high = np.clip([low, high], *PRIORS.T)
+    circle = np.array([f(np.linspace(0, 2 * np.pi, 200)) for f in (np.cos, np.sin)])                 # (2, points)
+    for i in range(6):
+        for j in range(6):
+            ax = axes[i, j]
+            if j > i:
+                ax.axis("off")
+                continue
+            if i == j:
+                x = np.linspace(low[j], high[j], 300)
+                density = np.exp(-((x - mean[j]) / std[j]) ** 2 / 2)
+                ax.plot(x, density, color=COLOURS[1])
+                ax.fill_between(x, density, where=np.abs(x - mean[j]) < std[j], color=COLOURS[1], alpha=0.3, lw=0)
+                ax.set(ylim=(0, 1.1), yticks=[])
+                ax.set_title(f"{SYMBOLS[j]} = {mean[j]:.{DIGITS[j]}f} $\\pm$ {std[j]:.{DIGITS[j]}f}", fontsize=9)
+            else:
+                root = np.linalg.cholesky(covariance[np.ix_([j, i], [j, i])])
+                for level, alpha in ((0.95, 0.25), (0.68, 0.5)):
+                    ax.fill(*(mean[[j, i]][:, None] + math.sqrt(-2 * math.log(1 - level)) * root @ circle), color=COLOURS[1], alpha=alpha, lw=0)
+                ax.axhline(truth[i], color=COLOURS[2], lw=1)
+                ax.set_ylim(low[i], high[i])
+            ax.axvline(truth[j], color=COLOURS[2], lw=1)
+            ax.set_xlim(low[j], high[j])
+            ax.locator_params(axis="x", nbins=3)
+            ax.tick_params(labelsize=8, labelbottom=i == 5, labelleft=j == 0 < i)
+            if i == 5:
+                ax.set_xlabel(axis_label(j).replace(" [", "\n["), fontsize=9)
+            if j == 0 < i:
+                ax.set_ylabel(axis_label(i).replace(" [", "\n["), fontsize=9)
+    ax = fig.add_axes([0.62, 0.75, 0.35, 0.19])
+    ax.plot(z, signal, "o-", color="k", ms=3, lw=1)
+    ax.set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]")
+    ax.set_title(title, fontsize=10)
+    fig.text(0.62, 0.67, "dark, light: 68%, 95%" + ("; orange: the truth" if np.isfinite(truth).any() else ""), fontsize=9)
+    save_figure(fig, path)
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -1274,6 +1653,22 @@ def main(argv=None):
     p.add_argument("--license", help="identifier for the card; default: the base's, where it is known")
     p.add_argument("--push", metavar="ORG/NAME", help="also upload it to the hub")
     p.add_argument("--private", action="store_true", help="a private repository on the hub")
+
+    p = command(regress, "six parameters from the global 21cm signal: errors, calibration; your own lightcone",
+                "Loss and error of any number of L3M regression runs on held-out lightcones, beside the prior mean and ridge regression, with figures: "
+                "validation loss by epoch (a band where runs differ by the seed only) and by depth (where --blocks differs), prediction against truth, "
+                "calibration. With --lightcone: what a run says of your own lightcone.")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run directories of train_l3m.py regress")
+    p.add_argument("--lightcone", nargs="+", metavar="FILE", help="lightcones as `data_lightcone.py convert` reads them (NaN: parameter unknown): print and "
+                   "draw the posterior")
+    p.add_argument("--split", choices=["test", "validation"], default="test", help="lightcones to judge on; validation also chose each run's best step, and ridge's alpha")
+    p.add_argument("--data", help="store or .npz of signals; default: the runs' own (of others, the best validation loss still is on their own)")
+    p.add_argument("--samples", type=int, default=50, help="draws from the Gaussian of each lightcone, for the figure of prediction against truth")
+    p.add_argument("--seed", type=int, default=42, help="of these draws")
+    p.add_argument("--batch-size", type=int, default=64, help="signals at a time; changes memory and speed only")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
+    p.add_argument("--out", metavar="NAME", help="NAME.json, NAME-loss.png, ...; default: regress-SPLIT in the run's directory, or beside the first's for "
+                   "several; with --lightcone NAME-FILE.json and .png, default posterior-FILE in the run's directory")
 
     args = parser.parse_args(argv)
     for name in ("window", "max_new_tokens", "top_k", "batch_size"):
