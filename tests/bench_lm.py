@@ -136,14 +136,14 @@ def train_ours(t):
     return training_result(t, model, device, seconds, losses)
 
 
-def load_peer(base, device, dtype, quantize, dropout, checkpointing=False):
-    """transformers + peft (+ bitsandbytes), as their documentation sets them up for LoRA and QLoRA."""
+def load_peer(base, device, dtype, quantize, dropout, checkpointing=False, prepare=True):
+    """transformers + peft (+ bitsandbytes), as their documentation sets them up for LoRA and QLoRA (`prepare`: norms, lm_head in float32)."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=str(device), quantization_config=nf4 if quantize else None)
     model.config.use_cache = False
-    if quantize:
+    if quantize and prepare:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     elif checkpointing:
         model.gradient_checkpointing_enable()

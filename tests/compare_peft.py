@@ -27,24 +27,11 @@ def peer(args):
     """Train and evaluate with transformers + peft + bitsandbytes; prints one JSON line."""
     import data_arxiv
     import train_lm
-    from lora import inject
-    from model import bos_eos, load_config, load_pretrained, load_tokenizer
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    ours = load_pretrained(args.base, blocks=None, dtype=torch.float32)                   # only for the initial A
-    inject(ours, "all", 8, 32, 0.0, seed=42)
-    initial = {k: p.detach().clone() for k, p in ours.named_parameters() if "lora_" in k}
-    del ours
-    dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, device_map="cpu", quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM", target_modules=[
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])).train()
+    from bench_lm import copy_initial_adapter, load_peer, padded
+    from model import bos_eos, load_config, load_tokenizer
+    model = load_peer(args.base, "cpu", getattr(torch, args.dtype), "nf4", dropout=0.0, prepare=False)
+    copy_initial_adapter(model, args.base)
     trained = [p for p in model.parameters() if p.requires_grad]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert p.dtype == torch.float32
-            p.data.copy_(initial[name.removeprefix("base_model.model.").replace(".default.weight", "")])
     tokenizer, (_, texts) = load_tokenizer(args.base), data_arxiv.load(args.data, "s1", "train")
     bos, eos = bos_eos(load_config(args.base), tokenizer)
     settings = train_lm.arguments(["--batch-size", str(args.batch_size)])
@@ -52,10 +39,7 @@ def peer(args):
     losses = []
     for step in range(args.steps):
         rows = data_arxiv.batch_rows(len(texts), args.batch_size, 42, step)
-        sequences = [data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in rows]
-        width = max(map(len, sequences))
-        ids = torch.tensor([s + [eos] * (width - len(s)) for s in sequences])
-        mask = torch.arange(width) < torch.tensor([[len(s)] for s in sequences])
+        ids, mask = padded([data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in rows], eos)
         loss = model(ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss
         optimizer.zero_grad()
         loss.backward()
