@@ -1,4 +1,10 @@
-"""quant.py against bitsandbytes: bit for bit."""
+"""quant.py against bitsandbytes: bit for bit. The Triton kernel against plain torch, on a GPU or in Triton's interpreter."""
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -34,7 +40,7 @@ def test_random_weights(dtype):
     sparse = torch.randn(128, 64 * 300)
     sparse[::3] = 0                                                                       # all-zero blocks
     for weight in (sparse, torch.randn(3, 5), torch.randn(7, 101), torch.randn(1000, 37), torch.randn(6400 + 63),
-                   torch.zeros(64, 64), torch.zeros(5, 7), torch.ones(1, 1)):
+                   torch.randn(1111, 577), torch.zeros(64, 64), torch.zeros(5, 7), torch.ones(1, 1)):
         assert mismatches(weight.to(dtype)) == 0, weight.shape
 
 
@@ -65,10 +71,16 @@ def test_not_finite_is_refused(bad):
         quantize_nf4(weight, "model.layers.7.mlp.up_proj.weight")
 
 
+def large_floats(size):
+    """Addresses of the live floating point tensors of at least `size` elements that Python can reach."""
+    return {id(t) for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.is_floating_point() and t.numel() >= size}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(dtype, bias):
-    """Forward and input gradient equal those of the plain twin; nothing of the size of the weight is kept in between."""
+    """Forward and input gradient equal those of the plain twin; nothing of the size of the weight is kept in between, neither as
+    a saved tensor nor on the autograd node or the layer."""
     torch.manual_seed(0)
     layer, weight = NF4Linear(96, 160, bias=bias, dtype=dtype), torch.randn(160, 96, dtype=dtype)
     layer.set(quantize_nf4(weight))
@@ -76,9 +88,10 @@ def test_linear(dtype, bias):
         layer.bias.data.normal_()
     dense = dequantize_nf4(quantize_nf4(weight))
     x = torch.randn(2, 7, 96, dtype=dtype, requires_grad=True)
-    kept = []
+    kept, before = [], large_floats(weight.numel())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
+    assert large_floats(weight.numel()) == before and len(before) >= 2                    # weight and dense, so the count sees tensors
     twin = F.linear(x, dense) + (layer.bias if bias else 0)
     assert torch.equal(y, twin) and not any(t.is_floating_point() and t.numel() >= weight.numel() for t in kept)
     g = torch.randn_like(y)
@@ -87,8 +100,51 @@ def test_linear(dtype, bias):
         layer.set(quantize_nf4(torch.randn(96, 160)))
 
 
+def compare_triton(device):
+    """The kernel's output equals the plain path's, bit for bit: partial blocks, odd sizes, several nested blocks, 30 orders of magnitude.
+
+    Triton's interpreter cuts float32 to bfloat16 where a GPU rounds; there the comparison is with the float32 values, cut."""
+    torch.manual_seed(0)
+    for shape in ((1,), (64,), (63,), (65,), (3, 5), (7, 101), (64, 64), (6463,), (1000, 37), (130, 129)):
+        q = quantize_nf4((torch.randn(shape) * 10 ** (30 * torch.rand(shape) - 15)).to(device))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            expected = quant.dequantize_plain(q, dtype)
+            if device == "cpu" and dtype == torch.bfloat16:
+                expected = (quant.dequantize_plain(q, torch.float32).view(torch.int32) & -65536).view(torch.float32).bfloat16()
+            ours = quant.dequantize_triton(q, dtype)
+            assert ours.shape == q.shape and ours.dtype == dtype and torch.equal(ours, expected), (shape, dtype)
+
+
+def test_triton_kernel():
+    """In a process of its own: whether Triton interprets or compiles is decided when quant.py is imported."""
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    done = subprocess.run([sys.executable, "-c", f"import test_quant; test_quant.compare_triton({'cuda' if gpu else 'cpu'!r})"], text=True,
+                          capture_output=True, cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": str(Path(quant.__file__).parent)}
+                          | ({} if gpu else {"TRITON_INTERPRET": "1"}))
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_triton():
+    """quant.py needs no Triton: imported where there is none, it dequantises as ever."""
+    code = ("import sys; sys.modules['triton'] = None; import torch, quant; assert quant.triton is None;"
+            "w = torch.randn(640, 3); assert (quant.dequantize_nf4(quant.quantize_nf4(w)) - w).abs().max() < 1")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(quant.__file__).parent, check=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda():
     torch.manual_seed(0)
     for weight in (torch.randn(4096, 4096), torch.randn(4096, 1024).bfloat16(), 0.02 * torch.randn(512, 512).half()):
         assert mismatches(weight.cuda()) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_beyond_31_bits():
+    """The end of a weight of more than 2^31 elements equals that of its last blocks alone."""
+    blocks, last = 2 ** 25 + 512, 1024                                                    # of 64; the nested blocks are whole
+    q = quant.NF4Weight(torch.randint(0, 256, (blocks * 32,), dtype=torch.uint8, device="cuda"),
+                        torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda"), torch.rand(blocks // 256, device="cuda"),
+                        torch.tensor(0.1, device="cuda"), torch.Size([blocks * 64]), torch.bfloat16)
+    end = quant.NF4Weight(q.packed[-last * 32:], q.absmax[-last:], q.nested_absmax[-last // 256:], q.nested_offset, torch.Size([last * 64]), q.dtype)
+    assert torch.equal(dequantize_nf4(q)[-last * 64:], quant.dequantize_plain(end, torch.bfloat16))
