@@ -337,11 +337,28 @@ def regress_dry_run(args):
 # ========================================================================================================== demo
 
 
+def regress_demo(args):
+    """The whole path on the built-in fast simulator: lightcones, the small reference, a random language-model backbone, the table and the figures."""
+    out = Path(args.out or "out/demo-l3m")
+    shutil.rmtree(out, ignore_errors=True)
+    store, script, evaluation = out / "lightcones.h5", Path(__file__).resolve(), Path(__file__).resolve().with_name("eval.py")
+    print("1. 400 lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
+    data_lightcone.simulate(store, 400, sky=16, tau_sigma=1e9, max_x_hi=1.0)
+    common = [sys.executable, script, "regress", "--data", store, "--batch-size", "64", "--dropout", "0", "--no-duplicate"]
+    print("2. The small reference network, trained from scratch", flush=True)
+    subprocess.run([*common, "--init", "small", "--epochs", "150", "--lr", "3e-3", "--out", out / "small"], check=True)
+    print("3. Connectors to two random, frozen blocks of SmolLM2-135M's shape", flush=True)
+    subprocess.run([*common, "--init", "random", "--base", "smollm2-135m", "--blocks", "2", "--epochs", "10", "--lr", "3e-3", "--out", out / "random"], check=True)
+    print("4. Both on the test lightcones, beside the prior mean and a ridge regression", flush=True)
+    subprocess.run([sys.executable, evaluation, "regress", out / "small", out / "random"], check=True)
+    print(f"Everything is in {out}. Next: your own lightcones and a pretrained backbone, see README.md")
+
+
 def main(argv=None):
     args = arguments(argv)
     advice = "lower --micro-batch" + (f" (now {args.micro_batch or args.batch_size})") + ("" if args.checkpoint_activations else ", or add --checkpoint-activations")
     try:
-        regress_dry_run(args) if args.dry_run else regress(args)
+        regress_dry_run(args) if args.dry_run else regress_demo(args) if args.demo else regress(args)
     except subprocess.CalledProcessError as e:
         fail(f"a part of the demo failed, see above ({Path(e.cmd[1]).name})")
     except torch.OutOfMemoryError:
