@@ -71,7 +71,7 @@ from tqdm import tqdm
 
 import data_arxiv
 from connectors import coverage, gaussian_nll, joint_coverage, load_regressor, sample_gaussian, standard_deviation
-from data_lightcone import BINS, CELL, PARAMETERS, PRIORS, PUBLISHED_NORM, GlobalSignals, open_store, read_lightcone
+from data_lightcone import BINS, CELL, PARAMETERS, PRIORS, PUBLISHED_NORM, GlobalSignals, filter_reason, history_summary, open_store, read_lightcone
 from lora import load_adapter, merge
 from model import bos_eos, fetch, generate, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
 from quant import NF4Linear
@@ -1291,6 +1291,8 @@ def regress(args):
     """The table and the figures of any number of runs; or, with --lightcone, the posterior of a user's own lightcones."""
     settings = [read_run(run, "regress") for run in args.runs]
     _, _, device = start_processes(args.device)
+    if args.samples < 1:
+        raise ValueError("--samples must be at least 1")
     if args.lightcone:
         return posteriors(args, settings, device)
     for run, s in zip(args.runs, settings):
@@ -1465,7 +1467,7 @@ def read_own(path, settings, data):
     It is read from its low-z end over the comoving depth of the training lightcones; those are looked at if `data` is a store that is there.
     ValueError if it cannot be read, or is not so deep."""
     tokens, (mean, deviation), whole = settings["tokens"], settings["norm"], read_lightcone(path, bins=None, cube=False)
-    notes, cell, depth, store = list(whole.notes), whole.cell, BINS * CELL, None
+    notes, cell, depth, store = [note for note in whole.notes if "filter" not in note], whole.cell, BINS * CELL, None
     if h5py.is_hdf5(data):
         store = GlobalSignals(data, "train", tokens=tokens, norm=settings["norm"])
         with open_store(data) as f:
@@ -1489,6 +1491,8 @@ def read_own(path, settings, data):
     if abs(lightcone.sky * cell / width - 1) > 0.1:
         notes.append(f"its sky is {lightcone.sky * cell:.0f} Mpc wide, the training lightcones' {width:.0f} Mpc: its cosmic variance is not theirs")
     outside = (signal < store.signals.min(0).values) | (signal > store.signals.max(0).values)
+    if reason := filter_reason(*history_summary(lightcone)):
+        notes.append(f"{reason}: such histories are usually left out of training")
     if outside.any():
         notes.append(f"{int(outside.sum())} of {tokens} values are outside the range of the training signals: the posterior is an extrapolation")
     return signal, lightcone, notes
