@@ -123,9 +123,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y.to(x.dtype)).to(x.dtype)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+        return (self.weight * (x * torch.rsqrt(square / x.shape[-1] + self.eps)).to(x.dtype)).to(x.dtype)
 
 
 def rope_frequencies(config, device=None):
@@ -149,6 +148,27 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def attend(q, k, v, mask=None, causal=False, dropout=0.0):
+    """softmax(q k^T / sqrt D) v: q (B, H, T, D), k and v (B, G, S, D), mask (B, 1, T, S) True where a query may look -> (B, H, T, D).
+
+    On a CPU short sequences are multiplied out: the fused kernel, there to save memory, takes 2.5 times as long forward and backward."""
+    (B, H, T, D), (_, G, S, _) = q.shape, k.shape
+    if q.device.type != "cpu" or T * S > 512 * 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=G < H)
+    R = H // G                                                        # query heads that share a key head: one product for all of them
+    q = (q * D ** -0.5).reshape(B * G, R * T, D)
+    k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, D)
+    if causal:
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
+    if mask is None:
+        scores = torch.bmm(q, k.mT)                                   # (B*G, R*T, S)
+    else:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)          # (B or 1, 1, T, S)
+        bias = bias.repeat(1, 1, R, 1) if len(mask) == 1 else bias.expand(B, G, T, S).repeat(1, 1, R, 1)
+        scores = torch.baddbmm(bias.flatten(0, 1), q, k.mT)
+    return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, D)
+
+
 class Attention(nn.Module):
     def __init__(self, config, linear):
         super().__init__()
@@ -167,15 +187,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)
         q, k = rotate(q, *(f[:, :, -n:] for f in rope)), rotate(k, *rope)
         drop = self.config.attention_dropout if self.training else 0.0
-        gqa = k.shape[1] < q.shape[1]
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)                    # (B, G, S, D), (B, 1, T, S)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -n:], dropout_p=drop, enable_gqa=gqa)
+            y = attend(q, k, v, mask[:, :, -n:], dropout=drop)
         elif lengths is None:                                         # the last position sees all that is there, causal or not
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and not last_only, dropout_p=drop, enable_gqa=gqa)
+            y = attend(q, k, v, causal=causal and not last_only, dropout=drop)
         else:                                                         # each sequence attends to itself alone: no mask, no padding
             parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2))
-            y = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=causal, dropout_p=drop, enable_gqa=gqa) for qkv in parts], dim=2)
+            y = torch.cat([attend(*qkv, causal=causal, dropout=drop) for qkv in parts], dim=2)
         return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))       # (B, H, n, D) -> (B, n, H*D) -> (B, n, C)
 
 
@@ -289,15 +308,17 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         nll, grad = torch.empty(len(x), device=x.device), torch.empty_like(x) if x.requires_grad else None
+        logits = x.new_empty(ChunkedNLL.ROWS, len(weight))                            # the same memory for each chunk: fresh pages cost more
+        logp = torch.empty_like(logits, dtype=torch.float32)                          # than the arithmetic on a CPU
         for i in range(0, len(x), ChunkedNLL.ROWS):
             rows = slice(i, i + ChunkedNLL.ROWS)
-            logits = (x[rows] @ weight.T).float()                                     # (rows, C) -> (rows, vocab)
-            target = targets[rows, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            nll[rows] = (lse - logits.gather(1, target)).squeeze(1)
+            n, target = len(x[rows]), targets[rows, None]
+            torch.mm(x[rows], weight.T, out=logits[:n])                               # (n, C) -> (n, vocab)
+            torch.log_softmax(logits[:n], -1, dtype=torch.float32, out=logp[:n])
+            nll[rows] = -logp[:n].gather(1, target).squeeze(1)
             if grad is not None:
-                p = logits.sub_(lse).exp_().scatter_add_(1, target, torch.full_like(lse, -1.0))
-                torch.mm(p.to(x.dtype), weight, out=grad[rows])                       # (rows, vocab) -> (rows, C)
+                p = logp[:n].exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+                torch.mm(logits[:n].copy_(p), weight, out=grad[rows])                 # (n, vocab) -> (n, C)
         ctx.save_for_backward(grad)
         return nll
 

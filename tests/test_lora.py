@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lora
 from lora import adapted, inject, load_adapter, merge, save_adapter
 from model import SHAPES, CausalLM, load_pretrained
 
@@ -133,3 +134,40 @@ def test_bad_input(base, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read"):
         load_adapter(ours(base), tmp_path)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.6])
+def test_branch_is_plain_lora(p, monkeypatch):
+    """Values and all three gradients of the hand-written branch against plain torch with the same elements dropped; nothing of y's history is disturbed."""
+    g = torch.Generator().manual_seed(0)
+    x, W, A, B, upstream = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+                            for shape in ((3, 70, 48), (32, 48), (4, 48), (32, 4), (3, 70, 32)))
+    for chosen in ("positions", "mask"):                                              # as on a CPU, as on a GPU
+        where = lora.draw_dropped(x.detach(), p)
+        keep = torch.ones(x.numel(), dtype=torch.float64)
+        keep = keep if where is None else keep.index_fill(0, where, 0)
+        if chosen == "mask" and where is not None:
+            where = keep.view(-1, 48) == 0
+        monkeypatch.setattr(lora, "draw_dropped", lambda *_: where)
+        plain = x @ W.T + 3 * (x * keep.view_as(x) / (1 - p)) @ A.T @ B.T
+        ours = lora.LoRABranch.apply(x @ W.T, x, A, B, 3.0, p)
+        assert torch.allclose(plain, ours, atol=1e-5)
+        for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (x, W, A, B)) for y in (plain, ours))):
+            assert torch.allclose(a, b, atol=1e-3)                                    # gradients of A and B pass through float32
+        monkeypatch.undo()
+
+
+def test_dropout_is_bernoulli():
+    """Each element is dropped with probability p, whatever its place and whatever became of its neighbour; the seed decides."""
+    x, p, rows = torch.zeros(400, 50), 0.05, 200
+    torch.manual_seed(0)
+    hits = torch.stack([torch.zeros(x.numel()).index_fill(0, lora.draw_dropped(x, p), 1) for _ in range(rows)])         # (200, 20000)
+    n = hits.numel()
+    assert abs(hits.mean() - p) < 4 * (p * (1 - p) / n) ** 0.5
+    for part in (hits[:, :50], hits[:, -50:], hits[:, 9000:9050]):                    # the beginning, the end, the middle
+        assert abs(part.mean() - p) < 4 * (p * (1 - p) / part.numel()) ** 0.5
+    assert abs((hits[:, 1:] * hits[:, :-1]).mean() - p * p) < 4 * (p * p / n) ** 0.5
+    counts = hits.sum(1)
+    assert 0.7 < counts.var() / (20000 * p * (1 - p)) < 1.4                           # chi^2 with 199 degrees of freedom: +-4 sigma
+    draws = [lora.draw_dropped(x, p) for s in (1, 1, 2) if torch.manual_seed(s)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

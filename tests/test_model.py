@@ -91,7 +91,7 @@ def test_bidirectional(pair):
     theirs, ours, _ = pair
     ids = tokens(ours, 1, 30)
     everywhere = torch.zeros(1, 1, 30, 30)                                                # an additive mask that hides nothing
-    close(ours(ids, causal=False), theirs(ids, attention_mask=everywhere).logits)
+    close(ours(ids, causal=False), theirs(ids, attention_mask=everywhere).logits, 2e-3)   # so used, a causal model amplifies rounding: in float64 it is 1e-3 from either
     both = ours(torch.cat([ids, ids[:, :11]], dim=1), lengths=[30, 11], causal=False)
     close(both[:, 30:], ours(ids[:, :11], causal=False), 1e-3)                            # matrix products of other sizes round otherwise
 
