@@ -1,0 +1,305 @@
+"""train_l3m.py regress: exactly the interleaved updates, the same run whatever the number of processes, the same run after any kill."""
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import connectors
+import data_lightcone
+import train_l3m
+from conftest import ROOT
+from test_connectors import chatty, naive_hidden  # noqa: F401 (a fixture)
+from test_train_lm import kill_tree
+
+SCRIPT = str(ROOT / "train_l3m.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def write_signals(path, n=40, **changes):
+    """Made-up signals: a trough whose depth, place and width depend on the parameters, z from low."""
+    draw = np.random.default_rng(0)
+    u, t = draw.random((n, 6)), np.linspace(0, 1, 94)
+    trough = -(50 + 100 * u[:, 2:3]) * np.exp(-((t - 0.3 - 0.4 * u[:, 4:5]) / (0.05 + 0.1 * u[:, 0:1])) ** 2) + 20 * u[:, 5:6] * (t < 0.2 + 0.1 * u[:, 3:4])
+    parameters = data_lightcone.PRIORS[:, 0] + u * (data_lightcone.PRIORS[:, 1] - data_lightcone.PRIORS[:, 0])
+    np.savez(path, signal=trough + 5 * u[:, 1:2], **dict(zip(data_lightcone.PARAMETERS, parameters.T)) | changes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def signals(tmp_path_factory):
+    """40 signals: 30 to train, 8 to validate, 2 to test."""
+    return write_signals(tmp_path_factory.mktemp("signals") / "signals.npz")
+
+
+def flags(base, data, out, *more):
+    """14 steps of 8 lightcones, four an epoch."""
+    return ["regress", "--base", str(base), "--data", str(data), "--out", str(out), "--init", "random", "--prompt", "chat-trainable", "--device", "cpu", "--dtype", "float32",
+            "--batch-size", "8", "--no-duplicate", "--max-steps", "14", "--lr", "1e-2", "--dropout", "0.1", "--checkpoint-every", "3", "--log-every", "1", *map(str, more)]
+
+
+def run(command, check=True):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(out, key="loss"):
+    return [m[key] for m in metrics(out) if key in m]
+
+
+def trained(out):
+    return load_file(out / "model.safetensors")
+
+
+def last(out):
+    """The trained tensors after the last step (model.safetensors has those of the best validation)."""
+    return {k: v for k, v in load_file(max(out.glob("checkpoint-*")) / "state.safetensors").items() if "/" not in k}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(chatty, signals, tmp_path_factory):  # noqa: F811
+    """A run with dropout that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run([sys.executable, SCRIPT, *flags(chatty, signals, out)])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- the training
+
+
+def test_interleaved_updates(chatty, signals, tmp_path, monkeypatch):  # noqa: F811
+    """Six steps, against a loop on transformers with all gradients on: connector and tokens first, then the recomputed gradients of the output
+    connector, each clipped on its own; not a bit of the backbone changes."""
+    built = []
+    monkeypatch.setattr(train_l3m, "build_regressor", lambda *a: built.append(connectors.build_regressor(*a)) or built[-1])
+    monkeypatch.setattr(train_l3m, "CLIP", 0.5)                          # so that it matters
+    train_l3m.main(flags(chatty, signals, tmp_path / "run", "--init", "pretrained", "--dropout", "0", "--max-steps", "6", "--micro-batch", "3"))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    regressor = connectors.build_regressor(settings)
+    before = {k: v.clone() for k, v in regressor.backbone.state_dict().items()}
+    assert equal(before, dict(built[0].backbone.state_dict())) and all(p.grad is None for p in built[0].backbone.parameters())
+    data = data_lightcone.GlobalSignals(signals, "train")
+    named = regressor.trained()
+    first, second = ([p for name, p in named.items() if name.startswith("output_connector") == out] for out in (False, True))
+    assert len(first) == 5 and len(second) == 2
+    optimizers = [torch.optim.AdamW(group, betas=(0.9, 0.999), weight_decay=0) for group in (first, second)]
+    norms, expected = [], []
+    for step in range(6):
+        rows = train_l3m.batch_rows(30, 8, 0, step)
+        for i, (group, optimizer) in enumerate(zip((first, second), optimizers)):
+            hidden = naive_hidden(regressor, chatty, data.signals[rows], 2)
+            loss = connectors.gaussian_nll(*regressor.head(hidden), data.parameters[rows]).mean()
+            regressor.zero_grad()
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(group, 0.5)))
+            optimizer.param_groups[0]["lr"] = train_l3m.learning_rate(step, 6, train_l3m.arguments(flags(chatty, signals, "x")))
+            optimizer.step()
+            expected += [loss.item()] if i == 0 else []
+    assert max(norms) > 0.5
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-4)
+    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(norms[::2], rel=1e-2)
+    assert losses(tmp_path / "run", "grad_norm_output") == pytest.approx(norms[1::2], rel=1e-2)
+    for name, tensor in last(tmp_path / "run").items():
+        assert torch.allclose(tensor, named[name], atol=1e-3), name
+        assert not torch.equal(tensor, connectors.build_regressor(settings).trained()[name])                 # and each has learnt
+
+
+def test_references_train_everything_at_once(signals, tmp_path):
+    train_l3m.main(flags("nowhere", signals, tmp_path / "run", "--init", "small", "--prompt", "minimal", "--dropout", "0", "--max-steps", "60", "--lr", "5e-3"))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    start, tensors = connectors.build_regressor(settings).trained(), last(tmp_path / "run")
+    assert sum(t.numel() for t in tensors.values()) == 32_219 and not any(torch.equal(t, start[name]) for name, t in tensors.items())
+    assert settings["base"] is None and settings["causal"] is False and settings["hidden_size"] == 32 and settings["dtype"] == "float32"
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5 and "grad_norm_output" not in metrics(tmp_path / "run")[1]
+
+
+def test_the_result_is_the_best_validation(undisturbed, signals):
+    """model.safetensors gives the lowest validation loss of metrics.jsonl."""
+    regressor = connectors.load_regressor(undisturbed)
+    settings = regressor.settings
+    assert {"experiment", "init", "base", "blocks", "prompt", "data", "seed", "split_seed", "tokens", "norm", "hidden_size", "causal", "dtype"} <= set(settings)
+    held = data_lightcone.GlobalSignals(settings["data"], "validation", tokens=settings["tokens"], norm=settings["norm"], seed=settings["split_seed"])
+    with torch.no_grad():
+        loss = connectors.gaussian_nll(*regressor(held.signals), held.parameters).mean().item()
+    assert loss == pytest.approx(min(losses(undisturbed, "validation_loss")), abs=1e-5)
+    assert [m["step"] for m in metrics(undisturbed) if "validation_loss" in m] == [0, 4, 8, 12, 14]
+    assert [m["step"] for m in metrics(undisturbed) if "loss" in m] == list(range(1, 15))
+    assert set(metrics(undisturbed)[1]) == {"step", "epoch", "loss", "lr", "grad_norm", "grad_norm_output", "samples_per_s", "memory_gb"}
+    assert sorted(p.name for p in undisturbed.glob("checkpoint-*")) == ["checkpoint-0000012", "checkpoint-0000014"]
+
+
+def test_an_epoch_has_every_lightcone_once():
+    rows = [train_l3m.batch_rows(30, 8, 0, step) for step in range(8)]
+    assert [len(r) for r in rows] == [8, 8, 8, 6] * 2
+    assert sorted(np.concatenate(rows[:4])) == sorted(np.concatenate(rows[4:])) == list(range(30)) and not np.array_equal(rows[0], rows[4])
+    doubled = np.concatenate([train_l3m.batch_rows(60, 8, 0, step) for step in range(8)]) % 30            # --duplicate
+    assert np.array_equal(np.bincount(doubled), np.full(30, 2))
+
+
+def test_learning_rate():
+    args = train_l3m.arguments(["regress"])
+    assert (args.epochs, args.warmup, args.decay, args.lr, args.batch_size, args.dropout, args.duplicate) == (1500, 100, 100, 5e-5, 1024, 0.001, True)
+    assert train_l3m.arguments(["regress", "--init", "large"]).epochs == 40000
+    steps = train_l3m.count_steps(7600, args)
+    assert steps == 1500 * 8
+    rates = [train_l3m.learning_rate(i, steps, args) for i in range(steps)]
+    assert rates[0] == pytest.approx(5e-5 / 800) and rates[799] == rates[800] == rates[steps - 801] == 5e-5
+    assert rates[steps - 400] == pytest.approx(2.5e-5, rel=0.01) and 0 < rates[-1] < 1e-9 and rates[-800:] == sorted(rates[-800:], reverse=True)
+    short = train_l3m.arguments(["regress", "--max-steps", "30"])                                        # the schedule shrinks with the run
+    assert [train_l3m.learning_rate(i, 30, short) / 5e-5 for i in (0, 1, 2, 28)] == pytest.approx([0.5, 1, 1, 1]) and train_l3m.learning_rate(29, 30, short) < 3e-5
+    assert train_l3m.arguments(["regress", "--epochs", "20"]).warmup == 2
+
+
+# ------------------------------------------------------------------------------------------- the same run, stopped or not
+
+
+def test_three_processes_equal_one(chatty, signals, tmp_path):  # noqa: F811
+    """Batches of 7 leave the processes unequal shares, and the last of an epoch has two lightcones for three processes."""
+    more = ["--dropout", "0", "--batch-size", "7"]
+    run([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "one", *more)])
+    run([*TORCHRUN, "--nproc_per_node=3", SCRIPT, *flags(chatty, signals, tmp_path / "three", *more)])
+    for key in ("loss", "grad_norm", "grad_norm_output", "validation_loss"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "three", key), abs=1e-3), key
+    one, three = trained(tmp_path / "one"), trained(tmp_path / "three")
+    assert all(torch.allclose(one[k], three[k], atol=1e-3) for k in one)
+
+
+def test_kill_9_and_resume(chatty, signals, undisturbed, tmp_path):  # noqa: F811
+    draw, kills = random.Random(0), 0
+    while True:
+        process = subprocess.Popen([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "run", "--resume")], env=ENVIRONMENT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / "run").exists() and kills < 3:
+            time.sleep(0.01)                                                              # importing torch takes longer than the run
+        try:
+            assert process.wait(timeout=draw.uniform(0.1, 0.6) if kills < 3 else 120) == 0
+            break
+        except subprocess.TimeoutExpired:
+            kill_tree(process)
+            kills += 1
+    assert kills >= 1
+    assert equal(trained(undisturbed), trained(tmp_path / "run")) and equal(last(undisturbed), last(tmp_path / "run"))
+    for key in ("step", "loss", "validation_loss"):
+        assert losses(undisturbed, key) == losses(tmp_path / "run", key)
+    assert not list((tmp_path / "run").glob("tmp-*"))
+
+
+def test_sigterm_saves_and_several_seeds_go_on(chatty, signals, undisturbed, tmp_path):  # noqa: F811
+    more = ["--seeds", "0", "1", "--checkpoint-every", "1000"]
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "run", *more)], env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    first = tmp_path / "run-seed0"
+    while not (first / "metrics.jsonl").exists() or not losses(first):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    stopped = int(re.search(r"stopped after step (\d+) of 14", printed)[1])
+    assert max(first.glob("checkpoint-*")).name == f"checkpoint-{stopped:07d}" and len(losses(first)) == stopped and not (tmp_path / "run-seed1").exists()
+    run([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "run", *more, "--resume")])
+    assert equal(last(undisturbed), last(first)) and equal(trained(undisturbed), trained(first))
+    second = tmp_path / "run-seed1"
+    norm = lambda out: json.loads((out / "config.json").read_text())["settings"]["norm"]
+    assert losses(second)[0] != losses(first)[0] and len(losses(second)) == 14 and norm(first) == norm(second)          # the same split
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_refusals(chatty, tiny, signals, undisturbed, tmp_path, capfd):  # noqa: F811
+    def error(*more, out=tmp_path / "new", data=signals, base=chatty):
+        with pytest.raises(SystemExit) as stop:
+            train_l3m.main(flags(base, data, out, *more))
+        assert stop.value.code == 2
+        return capfd.readouterr().err.strip().splitlines()[-1]
+    assert "already holds a run: add --resume" in error(out=undisturbed)
+    message = error("--resume", "--lr", "1e-3", "--init", "small", "--prompt", "minimal", out=undisturbed)
+    assert "lr was 0.01, now 0.001" in message and "hidden_size was 48, now 32" in message
+    assert "does not know <|im_start|>" in error(base=tiny[0]) and "use --prompt minimal" in error(base=tiny[0])
+    assert "at least 3 are needed" in error(data=write_signals(tmp_path / "two.npz", n=2))
+    unknown = write_signals(tmp_path / "unknown.npz", m_WDM=np.full(40, np.nan))
+    assert "at least 3 are needed" in error(data=unknown)
+    np.savez(tmp_path / "bare.npz", signal=np.zeros((9, 94)))
+    assert "lacks m_WDM" in error(data=tmp_path / "bare.npz")
+    assert "nothing.h5" in error(data=tmp_path / "nothing.h5")
+    assert "neither a directory nor a hub id" in error(base="./nowhere")
+    assert "is a shape without weights" in error("--init", "pretrained", "--prompt", "minimal", base="smollm2-135m")
+    assert "has neither --blocks nor a chat --prompt" in error("--init", "large")
+    assert "a language model is causal" in error("--no-causal")
+    assert "do not fit into --epochs 5" in error("--epochs", "5", "--warmup", "4", "--decay", "3")
+    assert "--batch-size must be at least 1" in error("--batch-size", "0")
+    assert "blocks asked for" in error("--init", "pretrained", "--blocks", "9")
+
+
+def test_another_base_on_resume(chatty, signals, undisturbed, tmp_path, monkeypatch, capfd):  # noqa: F811
+    """The base's files changed under a run: said, not trained on."""
+    import shutil
+    shutil.copytree(undisturbed, tmp_path / "run")
+    build = train_l3m.build_regressor
+    def other(*a):
+        regressor = build(*a)
+        regressor.fingerprint += 1
+        return regressor
+    monkeypatch.setattr(train_l3m, "build_regressor", other)
+    with pytest.raises(SystemExit):
+        train_l3m.main(flags(chatty, signals, tmp_path / "run", "--resume"))
+    assert "trained with another backbone" in capfd.readouterr().err
+
+
+def test_not_finite_loss(chatty, signals, tmp_path, capfd):  # noqa: F811
+    with pytest.raises(SystemExit):
+        train_l3m.main(flags(chatty, signals, tmp_path / "run", "--lr", "1e30", "--max-steps", "5", "--warmup", "0"))
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"loss of step [1-5] is (nan|inf)", message) and "Lower --lr" in message
+    rows = [int(r) for r in message.split("are the rows ")[1].split(" of ")[0].split(", ")]
+    assert set(rows) <= set(data_lightcone.GlobalSignals(signals, "train").rows)
+    assert (tmp_path / "run" / "checkpoint-0000000" / "state.json").exists()
+
+
+def test_disk_full(chatty, signals, tmp_path):  # noqa: F811
+    """Files may grow to 10 kB only: one line, and the run directory stays usable."""
+    code = f"import resource, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train_l3m\n" \
+           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n" \
+           f"train_l3m.main({flags(chatty, signals, tmp_path / 'run')!r})"
+    done = run([sys.executable, "-c", code], check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr and "free some space" in errors[0], done.stderr[-2000:]
+    assert not any(p.name.startswith("tmp-") for p in (tmp_path / "run").iterdir())
+    train_l3m.main(flags(chatty, signals, tmp_path / "run", "--resume"))
+    assert len(losses(tmp_path / "run")) == 14
+
+
+def test_out_of_memory_names_the_flag(chatty, signals, tmp_path, monkeypatch, capfd):  # noqa: F811
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_l3m, "gaussian_nll", full)
+    with pytest.raises(SystemExit) as stop:
+        train_l3m.main(flags(chatty, signals, tmp_path / "run"))
+    assert stop.value.code == 2 and "lower --micro-batch (now 8), or add --checkpoint-activations" in capfd.readouterr().err
+
+
+def test_dry_run_counts_steps(signals, capsys):
+    train_l3m.main(["regress", "--dry-run", "--base", "smollm2-135m", "--blocks", "6", "--data", str(signals), "--epochs", "10", "--batch-size", "8"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] == 10 * math.ceil(60 / 8) and report["train_lightcones"] == 30 and report["config"]["model"]["num_hidden_layers"] == 6
+    assert report["trainable_by_group"] == {"input_connector": 1152, "output_connector": 15579, "tokens": 576, "backbone": 0}
