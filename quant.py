@@ -81,22 +81,41 @@ def quantize_nf4(weight, name="weight"):
     """weight (any shape, float32/16/bfloat16) -> NF4Weight on the same device.
 
     Raises ValueError, with the tensor's `name`, for NaN or infinite weights."""
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} holds NaN or infinite values and cannot be quantised; the checkpoint is damaged, get it again")
-    x = weight.detach().reshape(-1).float()
-    tail = x.numel() % BLOCK
-    blocks = F.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)                        # (n,) -> (n/64, 64)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1 / absmax.clamp(min=TINY))[:, None]
-    if tail:                                                    # bitsandbytes divides the partial block, and never by zero
-        absmax[-1] = absmax[-1].clamp(min=TINY)
-        scaled[-1] = blocks[-1] / absmax[-1]
-    nf4, _, _ = tables(x.device)
-    codes = torch.bucketize(scaled.view(-1)[:x.numel()], (nf4[:-1] + nf4[1:]) / 2, out_int32=True).to(torch.uint8)
-    if len(codes) % 2:
-        codes = F.pad(codes, (0, 1), value=7)                                         # 7 is the code of zero
-    absmax8, nested_absmax, offset = quantize_absmax(absmax)
-    return NF4Weight(codes[::2] << 4 | codes[1::2], absmax8, nested_absmax, offset, weight.shape, weight.dtype)
+    x, n, device = weight.detach().reshape(-1), weight.numel(), weight.device
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=device)
+    size = 1 << (18 if device.type == "cpu" else 24)                        # in pieces, so that little memory is needed besides
+    for piece, out, largest in zip(x.split(size), packed.split(size // 2), absmax.split(size // BLOCK)):
+        blocks = F.pad(piece.float(), (0, -len(piece) % BLOCK)).view(-1, BLOCK)       # (n,) -> (n/64, 64)
+        torch.amax(blocks.abs(), dim=1, out=largest)
+        if not torch.isfinite(largest).all():
+            raise ValueError(f"{name} holds NaN or infinite values and cannot be quantised; the checkpoint is damaged, get it again")
+        scaled = blocks * (1 / largest.clamp(min=TINY))[:, None]
+        if len(piece) % BLOCK:                                  # bitsandbytes divides the partial block, and never by zero
+            largest[-1] = largest[-1].clamp(min=TINY)
+            scaled[-1] = blocks[-1] / largest[-1]
+        codes = nearest_level(scaled.view(-1))                                        # the padding's code is that of zero
+        out.copy_((codes[::2] << 4 | codes[1::2])[:len(out)])
+    return NF4Weight(packed, *quantize_absmax(absmax), weight.shape, weight.dtype)
+
+
+def nearest_level(x):
+    """x (n,) float32 in [-1, 1] -> (n,) uint8: how many of the 15 midpoints between levels lie below x.
+
+    [-1, 1] is cut into 32 cells, narrower than the midpoints are apart: the cell says all but whether x is above the one midpoint
+    that its cell may have. Exact, since rounding keeps the order: a larger x is never in a lower cell. Plain twin: torch.bucketize."""
+    below, midpoint = cells(x.device)
+    cell = (x * 16 + 17).int()                                                        # 1 for -1, 33 for 1
+    return below.index_select(0, cell) + (x > midpoint.index_select(0, cell))
+
+
+@functools.cache
+def cells(device):
+    """-> for each of 35 cells the number of midpoints in lower cells (uint8), and its own midpoint or infinity (float32)."""
+    midpoints = (NF4[:-1] + NF4[1:]) / 2
+    cell = (midpoints * 16 + 17).int()                                                # (15,), all different
+    below = torch.bucketize(torch.arange(35, dtype=torch.int32), cell)
+    return below.to(device, torch.uint8), torch.full((35,), torch.inf).scatter(0, cell.long(), midpoints).to(device)
 
 
 def quantize_absmax(absmax):

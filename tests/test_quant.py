@@ -44,6 +44,15 @@ def test_random_weights(dtype):
         assert mismatches(weight.to(dtype)) == 0, weight.shape
 
 
+def test_nearest_level():
+    """Against its plain twin: everywhere in [-1, 1], at the midpoints and at the floats beside them."""
+    torch.manual_seed(0)
+    midpoints = (quant.NF4[:-1] + quant.NF4[1:]) / 2
+    x = torch.cat([2 * torch.rand(10 ** 6) - 1, midpoints, quant.NF4, torch.tensor([1 + 2e-7, -1 - 2e-7, -0.0]),
+                   *(torch.nextafter(midpoints, torch.tensor(side)) for side in (-1.0, 1.0))])
+    assert torch.equal(quant.nearest_level(x).long(), torch.bucketize(x, midpoints))
+
+
 def test_extreme_magnitudes():
     torch.manual_seed(0)
     for exponent in range(-30, 31, 5):
