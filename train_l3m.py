@@ -312,26 +312,44 @@ def regress(args):
         dist.destroy_process_group()
 
 
+def kept_bytes(forward, model):
+    """What autograd keeps of forward() for the backward pass, beside the model's own tensors, bytes. On the meta device: nothing is computed."""
+    own, kept = {id(t) for t in (*model.parameters(), *model.buffers())}, {}
+    def note(t):
+        if id(t) not in own and not (t._base is not None and id(t._base) in own):
+            kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def regress_dry_run(args):
-    """Parameters by group, memory and steps, from shapes alone. The memory is an estimate for one process."""
+    """Parameters by group, memory and steps, from shapes alone. The memory is an estimate for one process that is alone."""
     reference = args.init in REFERENCES
     config = REFERENCES[args.init] if reference else load_config(args.base)
     config = replace(config, vocab_size=0, num_hidden_layers=args.blocks or config.num_hidden_layers)
     with torch.device("meta"):
-        backbone = Decoder(config).requires_grad_(reference)
-        words = {piece: torch.empty(6, config.hidden_size) for piece in PROMPTS[args.prompt] if is_words(piece)}
+        dtype = torch.float32 if reference or args.dtype == "float32" else torch.bfloat16
+        backbone = Decoder(config).requires_grad_(reference).to(dtype)
+        words = {piece: torch.empty(6, config.hidden_size, dtype=dtype) for piece in PROMPTS[args.prompt] if is_words(piece)}
         regressor = Regressor(backbone, args.prompt, words)
     groups = {"input_connector": 0, "output_connector": 0, "tokens": 0, "backbone": 0}
     for name, p in regressor.trained().items():
         groups[name.split(".")[0]] += p.numel()
     frozen = sum(p.numel() for p in regressor.parameters() if not p.requires_grad)
+    rows, length = args.micro_batch or args.batch_size, TOKENS_A_SIGNAL + sum(6 if is_words(piece) else 1 for piece in regressor.pieces)
+    kept = kept_bytes(lambda: regressor.hidden(torch.empty(rows, TOKENS_A_SIGNAL, device="meta")), regressor)
+    if args.checkpoint_activations:                           # the input of each block, and the insides of one
+        kept = kept / config.num_hidden_layers + config.num_hidden_layers * rows * length * config.hidden_size * regressor.dtype.itemsize
+    memory = frozen * 2 + sum(groups.values()) * 16 + kept
     samples = steps = None
     if os.path.exists(args.data):
         train = data_lightcone.GlobalSignals(args.data, "train", tokens=TOKENS_A_SIGNAL)
         samples = len(train)
         steps = count_steps(samples * (2 if args.duplicate else 1), args)
     print(json.dumps({"config": {**vars(args), "model": vars(config)}, "trainable_parameters": sum(groups.values()), "trainable_by_group": groups,
-                      "frozen_parameters": frozen, "train_lightcones": samples, "steps": steps}, indent=1))
+                      "frozen_parameters": frozen, "memory_gb": round(memory / 1e9, 2), "train_lightcones": samples, "steps": steps}, indent=1))
 
 
 # ========================================================================================================== demo
