@@ -79,6 +79,17 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def measured_peak(dtype, device):
+    """FLOP/s of a large matrix product here and now: what model FLOP utilisation is a fraction of. Half a second, once a run."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                  # .item() waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
 class StopSignal:
     """SIGTERM (pre-emption, scancel) and Ctrl-C set `.requested`; the training loop then saves and leaves. A second Ctrl-C kills."""
 
@@ -195,7 +206,8 @@ def arguments(argv=None):
     p.add_argument("--quantize", choices=["nf4", "none"], default="nf4", help="the frozen base in 4 bits or in 16")
     p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16 where it is fast")
     p.add_argument("--batch-size", type=int, default=48, help="abstracts a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=8, help="abstracts in one forward pass; lower it if memory runs out: the same gradient, up to rounding and dropout's draws")
+    p.add_argument("--micro-batch", type=int, default=8, help="abstracts in one forward pass, gradients accumulate; lower it if memory runs out: the same gradient, up to rounding and dropout's draws")
+    p.add_argument("--checkpoint-activations", action="store_true", help="keep each block's input only and compute the block again in the backward pass: a fraction of the memory, 4/3 of the time")
     p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--max-steps", type=int, help="stop (and end the learning-rate schedule) after so many steps")
     p.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
@@ -207,6 +219,7 @@ def arguments(argv=None):
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--deterministic", action="store_true", help="bit-exact repetition on CUDA, too; slower")
     p.add_argument("--out", help="run directory; default out/SUBSET-LORA")
+    p.add_argument("--profile", action="store_true", help="write trace.json, a torch profiler trace of steps 3 to 5 (open it at ui.perfetto.dev), and print where the time goes")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (or start it, if there is none)")
     p.add_argument("--dry-run", action="store_true", help="print sizes, memory, steps and tokens as JSON and stop: no weights needed")
     p.add_argument("--demo", action="store_true", help="the whole path on made-up abstracts and a small model trained on the spot; two minutes")
@@ -232,6 +245,13 @@ def count_steps(rows, args):
     return min(args.epochs * math.ceil(rows / args.batch_size), args.max_steps or sys.maxsize)
 
 
+def step_flops(config, frozen, trainable, lengths):
+    """FLOP that a LoRA step on sequences of these lengths must do, whatever an implementation does (arXiv:2204.02311, appendix B, without the
+    gradients of frozen weights): 4 for each frozen weight and token, 6 for each trained one, and causal attention. frozen: without the embeddings."""
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sum(n * n for n in lengths)
+    return sum(lengths) * (4 * frozen + 6 * trainable) + attention
+
+
 def dry_run(args):
     """Parameters, memory, steps and tokens of a run, from shapes alone. The memory is an estimate for one process."""
     config, quantize = load_config(args.base), args.quantize == "nf4"
@@ -242,8 +262,9 @@ def dry_run(args):
     projections = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
     weights = projections * (0.516 if quantize else 2) + (total - projections) * 2    # 4.127 bits a weight, the rest in 16 bit
     tokens_kept = args.micro_batch * 250                                              # a generous abstract
-    layer = tokens_kept * 2 * (19 * config.hidden_size + 5 * config.intermediate_size)    # kept for the backward pass, counted on SmolLM2
-    memory = weights + trainable * 16 + config.num_hidden_layers * layer + 256 * config.vocab_size * 8
+    layer = tokens_kept * 2 * (12 * config.hidden_size + 4.5 * config.intermediate_size)    # kept for the backward pass, counted on SmolLM2
+    kept = layer + config.num_hidden_layers * tokens_kept * 2 * config.hidden_size if args.checkpoint_activations else config.num_hidden_layers * layer
+    memory = weights + trainable * 16 + kept + 256 * config.vocab_size * 6
     steps = tokens = None
     if (Path(args.data) / "manifest.json").exists():
         manifest = data_arxiv.available(args.data)
@@ -274,6 +295,16 @@ def validation_loss(model, sequences, args, rank, world, device):
     return nll / tokens
 
 
+def start_profiler(out, device):
+    """A torch profiler of steps 3 to 5; it then writes out/trace.json and prints where the time went. Call .step() after each step, .stop() at the end."""
+    def finished(profiler):
+        profiler.export_chrome_trace(str(Path(out) / "trace.json"))
+        print(profiler.key_averages().table(sort_by=f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total", row_limit=10, max_name_column_width=40), flush=True)
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=finished)
+    profiler.start()
+    return profiler
+
+
 def train(args):
     rank, world, device = start_processes(args.device)
     main, stop = rank == 0, StopSignal()
@@ -300,7 +331,7 @@ def train(args):
     validate_at = {round(i * steps / 9) for i in range(10)}
 
     # The run directory, before the minutes of loading: a wrong flag should show at once.
-    free = {"resume", "dry_run", "demo", "out", "device", "checkpoint_every", "micro_batch"}             # may change between resumptions
+    free = {"resume", "dry_run", "demo", "out", "device", "checkpoint_every", "micro_batch", "checkpoint_activations", "profile"}             # may change between resumptions
     settings = {k: v for k, v in vars(args).items() if k not in free} | {
         "base": base, "data": os.path.abspath(args.data), "dtype": str(dtype).removeprefix("torch."), "data_checksums": sorted(manifest["checksums"])}
     if main:
@@ -313,6 +344,7 @@ def train(args):
     model = load_pretrained(base, quantize=None if args.quantize == "none" else "nf4", dtype=dtype, device=device)
     trainable = inject(model, args.lora, args.rank, args.alpha, args.dropout, args.seed)
     model.train()
+    model.model.checkpoint_activations = args.checkpoint_activations
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
     step, best = 0, None
@@ -323,9 +355,14 @@ def train(args):
         print(f"{trainable:,} trainable parameters; {'resumed after' if checkpoint else 'starting at'} step {step} of {steps}", flush=True)
         metrics = open_metrics(args.out, step)
 
-    # One flat buffer holds all gradients and, behind them, the three sums that go round with them: one all_reduce a step.
-    flat = torch.zeros(trainable + 3, device=device)
-    for p, gradient in zip(named.values(), flat[:-3].split([p.numel() for p in named.values()])):
+        peak = world * measured_peak(dtype, device)
+        print(f"{peak / 1e12:.3g} TFLOP/s in a large matrix product on {world} {device.type}{'s' * (world > 1)}, which utilisation is a fraction of", flush=True)
+
+    frozen = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
+
+    # One flat buffer holds all gradients and, behind them, the four sums that go round with them: one all_reduce a step.
+    flat = torch.zeros(trainable + 4, device=device)
+    for p, gradient in zip(named.values(), flat[:-4].split([p.numel() for p in named.values()])):
         p.grad = gradient.view_as(p)
 
     def checkpoint_now():
@@ -345,6 +382,7 @@ def train(args):
         if checkpoint is None:
             validate_now()
             checkpoint_now()
+        profiler = start_profiler(args.out, device) if args.profile and main else None
         while step < steps:
             began = time.perf_counter()
             rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
@@ -355,12 +393,13 @@ def train(args):
                 batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in mine[i:i + args.micro_batch]])
                 nll = token_nll(model, batch.to(device), lengths)
                 nll.sum().backward()                              # adds to p.grad, that is to `flat`
-                flat[-3] += nll.detach().sum()
-                flat[-2] += len(nll)
+                flat[-4] += nll.detach().sum()
+                flat[-3] += len(nll)
+                flat[-2] += step_flops(model.config, frozen, trainable, lengths) / 1e12
             flat[-1] = float(stop.requested)
             sum_over_processes(flat)
-            total, tokens, stopping = flat[-3:].tolist()
-            loss, gradient = total / tokens, flat[:-3].div_(tokens)
+            total, tokens, teraflop, stopping = flat[-4:].tolist()
+            loss, gradient = total / tokens, flat[:-4].div_(tokens)
             norm = gradient.norm().item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise ValueError(f"the loss of step {step + 1} is {loss}, its gradient norm {norm}: stopped before the update. Its abstracts: "
@@ -371,12 +410,15 @@ def train(args):
             optimizer.step()
             step += 1
             if main:
-                epoch = step / math.ceil(len(texts) / args.batch_size)
+                epoch, seconds = step / math.ceil(len(texts) / args.batch_size), time.perf_counter() - began
                 record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                          "tokens_per_s": round(tokens / (time.perf_counter() - began), 1), "memory_gb": round(peak_memory_gb(device), 3)}
+                          "tokens_per_s": round(tokens / seconds, 1), "flop_utilisation": round(teraflop * 1e12 / seconds / peak, 3), "memory_gb": round(peak_memory_gb(device), 3)}
                 metrics.write(json.dumps(record) + "\n")
                 bar.update()
-                bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
+                bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", tokens_per_s=f"{record['tokens_per_s']:.0f}",
+                                utilisation=f"{record['flop_utilisation']:.0%}", memory=f"{record['memory_gb']:.1f}GB")
+            if profiler:
+                profiler.step()
             if step in validate_at:
                 validate_now()
             if step in validate_at or step % args.checkpoint_every == 0 or stopping:
@@ -385,6 +427,8 @@ def train(args):
                 if main:
                     print(f"stopped after step {step} of {steps}; go on with --resume", flush=True)
                 return
+        if profiler:
+            profiler.stop()
     if main:
         save_adapter(model, Path(args.out) / "adapter", base)
         print(f"{args.out}/adapter is the adapter after step {steps}; lowest validation loss {best['validation_loss']:.4f} at step {best['step']}\n"

@@ -206,7 +206,7 @@ def test_checkpoints_kept(undisturbed):
     assert set(names) == {"checkpoint-0000012", "checkpoint-0000014", f"checkpoint-{best:07d}"}
     steps = [m["step"] for m in metrics(undisturbed) if "loss" in m]
     assert steps == list(range(1, 15)) and sum("validation_loss" in m for m in metrics(undisturbed)) == 10
-    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_s", "memory_gb"} == set(metrics(undisturbed)[1])
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_s", "flop_utilisation", "memory_gb"} == set(metrics(undisturbed)[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -288,6 +288,21 @@ def test_dry_run(lora, count, tiny, capsys):
     train_lm.main(["--dry-run", "--base", str(tiny[0]), "--data", "nowhere"])
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] is None and report["tokens"] is None
+
+
+def test_recomputing_and_profiling_change_nothing(tiny, undisturbed, tmp_path):
+    """--checkpoint-activations and --profile leave the adapter as it is, bit for bit, with dropout on; the trace opens as JSON."""
+    run([sys.executable, SCRIPT, *flags(tiny, tmp_path / "run", "--checkpoint-activations", "--profile")])
+    assert equal(adapter(undisturbed), adapter(tmp_path / "run"))
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert any(e.get("name") == "aten::mm" for e in events)
+
+
+def test_step_flops():
+    """Of the 8B shape: 4 N and the attention a token (causal: half of T^2 pairs, 2 products of 2 D flop, forward once and backward twice)."""
+    config, lengths = train_lm.SHAPES["llama-3.1-8b"], [100, 300]
+    attention = sum(3 * 32 * 32 * 2 * 2 * 128 * n * n / 2 for n in lengths)
+    assert train_lm.step_flops(config, 7_504_658_432, 20_971_520, lengths) == 400 * (4 * 7_504_658_432 + 6 * 20_971_520) + attention
 
 
 def test_batch_of_every_split_of_the_paper(tiny, capsys):
