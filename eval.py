@@ -1287,6 +1287,24 @@ def score(mean, L, y, samples, seed):
     return {k: np.asarray(v, float) for k, v in found.items()}
 
 
+def judge(name, members, test, device, args, bar):
+    """A group of runs -> its settings, best validation losses (a seed each) and scores on `test`: the mean over seeds, lightcone by lightcone."""
+    scores, best = [], []
+    for run, s in members:
+        records = [r for r in read_metrics(run) if "validation_loss" in r]
+        if not records:
+            raise ValueError(f"{run} has no validation loss in its metrics.jsonl: finish the run first")
+        if records[-1]["epoch"] < s["epochs"] and records[-1]["step"] != s["max_steps"]:
+            tqdm.write(f"note: {run} has come to epoch {records[-1]['epoch']:g} of {s['epochs']}: its best network so far is judged", file=sys.stderr)
+        best.append(min(r["validation_loss"] for r in records))
+        gaussians = predict(load_regressor(run, device), test.signals, device, args.batch_size)
+        scores.append(score(*gaussians, test.parameters, args.samples, args.seed))
+        bar.update()
+    return {"name": name, "runs": [str(run) for run, _ in members], **{k: s[k] for k in ("init", "base", "blocks", "prompt")}, "validation loss": best,
+            **{k: np.mean([of_seed[k] for of_seed in scores], 0) for k in ("loss", "error", "sigma", "coverage", "joint")},
+            "samples": np.concatenate([of_seed["samples"] for of_seed in scores])}
+
+
 def regress(args):
     """The table and the figures of any number of runs; or, with --lightcone, the posterior of a user's own lightcones."""
     settings = [read_run(run, "regress") for run in args.runs]
@@ -1300,35 +1318,24 @@ def regress(args):
             raise ValueError(f"{run} was trained on other lightcones, or another normalisation of them, than {args.runs[0]}: they cannot share a table")
     groups, data = group_seeds(args.runs, settings), args.data or settings[0]["data"]
     train, validation, test = (read_signals(data, settings[0], split, not args.data) for split in ("train", "validation", args.split))
-    y, methods = test.parameters, []
     with tqdm(total=len(args.runs), desc="predictions", unit="run", dynamic_ncols=True) as bar:
-        for i, (name, members) in enumerate(groups.items()):
-            scores, best = [], []
-            for run, s in members:
-                gaussians = predict(load_regressor(run, device), test.signals, device, args.batch_size)
-                scores.append(score(*gaussians, y, args.samples, args.seed))
-                records = [r for r in read_metrics(run) if "validation_loss" in r]
-                if records[-1]["epoch"] < s["epochs"] and records[-1]["step"] != s["max_steps"]:
-                    tqdm.write(f"note: {run} has come to epoch {records[-1]['epoch']:g} of {s['epochs']}: its best network so far is judged", file=sys.stderr)
-                best.append(min(r["validation_loss"] for r in records))
-                bar.update()
-            methods.append({"name": name, "runs": [str(run) for run, _ in members], **{k: members[0][1][k] for k in ("init", "base", "blocks", "prompt")},
-                            "validation loss": best, "look": {"color": COLOURS[1 + i % 6], "ls": ["-", "--", ":"][i // 6 % 3]},
-                            **{k: np.mean([of_seed[k] for of_seed in scores], 0) for k in ("loss", "error", "sigma", "coverage", "joint")},
-                            "samples": np.concatenate([of_seed["samples"] for of_seed in scores])})
+        methods = [judge(name, members, test, device, args, bar) for name, members in groups.items()]
+    for i, m in enumerate(methods):
+        m["look"] = {"color": COLOURS[1 + i % 6], "ls": ["-", "--", ":"][i // 6 % 3]}
     gaussians, alpha = baselines(train, validation)
     for (name, gaussian), look in zip(gaussians.items(), ({"color": "0.4", "ls": "--"}, {"color": "0.6", "ls": ":"})):
         loss = gaussian_nll(*gaussian(validation.signals), validation.parameters).mean().item()
-        methods.append({"name": name, "runs": [], "validation loss": [loss], "look": look, **score(*gaussian(test.signals), y, args.samples, args.seed)})
-    report = {"data": str(data), "split": args.split, "lightcones": len(y), "samples": args.samples, "seed": args.seed, "ridge alpha": alpha,
+        methods.append({"name": name, "runs": [], "validation loss": [loss], "look": look,
+                        **score(*gaussian(test.signals), test.parameters, args.samples, args.seed)})
+    report = {"data": str(data), "split": args.split, "lightcones": len(test), "samples": args.samples, "seed": args.seed, "ridge alpha": alpha,
               "levels": LEVELS.tolist(), "methods": [method_report(m, methods[0]) for m in methods]}
     print_regression(report)
     beside = Path(args.runs[0]) if len(args.runs) == 1 else Path(args.runs[0]).resolve().parent
     out = args.out or beside / (f"regress-{args.split}" + (f"-{Path(args.data).stem}" if args.data else ""))
     write_json(f"{out}.json", report)
     draw_losses(methods, f"{out}-loss.png")
-    draw_parameters(methods, y.numpy(), f"{out}-parameters.png")
-    draw_calibration(methods, len(y), f"{out}-calibration.png")
+    draw_parameters(methods, test.parameters.numpy(), f"{out}-parameters.png")
+    draw_calibration(methods, len(test), f"{out}-calibration.png")
     if len({m["blocks"] for m in methods if m.get("init") in ("pretrained", "random")}) > 1:
         draw_depth(methods, f"{out}-depth.png")
 
@@ -1343,10 +1350,12 @@ def method_report(m, first):
 
 
 def print_regression(report):
+    """A table of losses and one of errors. A difference is more certain than two means: every method has the same lightcones."""
     rows = report["methods"]
     print_table(f"{report['lightcones']} {report['split']} lightcones of {report['data']}: loss in nats a parameter, mean [95% interval]",
                 ["", "seeds", "best validation loss", f"{report['split']} loss", f"minus {rows[0]['name']}'s", "mean of the six errors"],
-                [[r["name"], len(r["runs"]) or "-", f"{r['validation loss']['mean']:.4f}" + (f" +- {r['validation loss']['std']:.4f}" if len(r["runs"]) > 1 else ""),
+                [[r["name"], len(r["runs"]) or "-",
+                  f"{r['validation loss']['mean']:.4f}" + (f" +- {r['validation loss']['std']:.4f}" if len(r["runs"]) > 1 else ""),
                   interval(r["loss"]), interval(r["loss minus the first's"]) if i else "-", interval(r["mean error"])] for i, r in enumerate(rows)])
     print_table("error: mean |predicted mean - truth| in units of the prior's width [95% interval]", ["", *PARAMETERS],
                 [[r["name"], *(interval(r["error"][p]) for p in PARAMETERS)] for r in rows])
@@ -1391,7 +1400,7 @@ def draw_parameters(methods, y, path, bins=10):
             centre = to_physical((filled + 0.5) / bins, j)
             shift = (i - (len(methods) - 3) / 2) * 0.6 / bins / len(methods) * np.ptp(PRIORS[j])
             if m["runs"]:
-                above.errorbar(centre + shift, mean, yerr=std, color=m["look"]["color"], fmt="osD^vP"[i % 6], ms=3.5, lw=1, label=m["name"])
+                above.errorbar(centre + shift, mean, std, color=m["look"]["color"], fmt="osD^vP"[i % 6], ms=3.5, lw=1, label=m["name"])
             below.plot(centre, error, **m["look"], lw=1.2, label=None if m["runs"] else m["name"])
         above.set(xlim=PRIORS[j], ylim=PRIORS[j], ylabel=f"predicted {axis_label(j)}")
         below.set(xlim=PRIORS[j], ylim=(0, None), xlabel=f"true {axis_label(j)}", ylabel="error / prior width" if j % 3 == 0 else None)
@@ -1448,7 +1457,8 @@ def draw_depth(methods, path):
     for m in methods:
         if m.get("init") in ("pretrained", "random"):
             depth = m["blocks"] or load_config(m["base"]).num_hidden_layers
-            lines.setdefault(f"{m['init']}, {m['prompt']}", []).append((depth, np.mean(m["validation loss"]), np.std(m["validation loss"])))
+            line = lines.setdefault(f"{m['init']}, {m['prompt']}", [])
+            line.append((depth, np.mean(m["validation loss"]), np.std(m["validation loss"])))
         elif m["runs"]:                                       # a reference
             ax.axhline(np.mean(m["validation loss"]), **m["look"], lw=1.2, label=m["name"])
     for i, (name, points) in enumerate(lines.items()):
@@ -1464,14 +1474,17 @@ def draw_depth(methods, path):
 def read_own(path, settings, data):
     """A user's lightcone as a run would have seen it -> (signal (1, tokens) float32, Lightcone, notes: a sentence each).
 
-    It is read from its low-z end over the comoving depth of the training lightcones; those are looked at if `data` is a store that is there.
-    ValueError if it cannot be read, or is not so deep."""
-    tokens, (mean, deviation), whole = settings["tokens"], settings["norm"], read_lightcone(path, bins=None, cube=False)
-    notes, cell, depth, store = [note for note in whole.notes if "filter" not in note], whole.cell, BINS * CELL, None
-    if h5py.is_hdf5(data):
-        store = GlobalSignals(data, "train", tokens=tokens, norm=settings["norm"])
+    It is read from its low-z end over the comoving depth of the training lightcones. Where `data`, what the run was trained on, is there, the notes
+    tell what sets this lightcone apart from it. ValueError if it cannot be read, or is not so deep."""
+    tokens, (mean, deviation) = settings["tokens"], settings["norm"]
+    whole, depth, store = read_lightcone(path, bins=None, cube=False), BINS * CELL, h5py.is_hdf5(data)
+    cell, notes = whole.cell, [note for note in whole.notes if "filter" not in note]               # convert filters, we do not
+    if store:
         with open_store(data) as f:
-            z_end, depth, width = f["redshifts"][0, -1], f["redshifts"].shape[1] * f["cell_mpc"][0], f["brightness_temp"].shape[2] * f["cell_mpc"][0]
+            scale, z_end = float(f["cell_mpc"][0]), f["redshifts"][0, -1]
+            depth, width = f["redshifts"].shape[1] * scale, f["brightness_temp"].shape[2] * scale
+    else:
+        notes.append(f"{data} is not there or no store: whether this lightcone has the redshifts and the size of the training lightcones was not checked")
     if not math.isfinite(cell):
         cell = CELL
         notes.append(f"cell size unknown, {CELL:.2f} Mpc assumed")
@@ -1481,20 +1494,18 @@ def read_own(path, settings, data):
     lightcone = read_lightcone(path, bins)
     signal = lightcone.cube.mean((1, 2), dtype=np.float64).reshape(1, tokens, -1).mean(2)         # (T, X, Y) -> (1, tokens), mK
     signal = torch.from_numpy((signal - mean) / deviation).float()
-    if store is None:
-        notes.append(f"{data} is not there or no store, so whether this lightcone is like the training lightcones was not checked")
-        return signal, lightcone, notes
-    if abs(lightcone.redshifts[-1] - z_end) > 0.05:
+    if store and abs(lightcone.redshifts[-1] - z_end) > 0.05:
         notes.append(f"it ends at z = {lightcone.redshifts[-1]:.2f}, the training lightcones at {z_end:.2f}: every value of the signal is at another redshift")
-    if abs(bins * cell / depth - 1) > 0.01:
+    if store and abs(bins * cell / depth - 1) > 0.01:
         notes.append(f"it is {bins * cell:.0f} Mpc deep, the training lightcones {depth:.0f} Mpc")
-    if abs(lightcone.sky * cell / width - 1) > 0.1:
+    if store and abs(lightcone.sky * cell / width - 1) > 0.1:
         notes.append(f"its sky is {lightcone.sky * cell:.0f} Mpc wide, the training lightcones' {width:.0f} Mpc: its cosmic variance is not theirs")
-    outside = (signal < store.signals.min(0).values) | (signal > store.signals.max(0).values)
     if reason := filter_reason(*history_summary(lightcone)):
         notes.append(f"{reason}: such histories are usually left out of training")
-    if outside.any():
-        notes.append(f"{int(outside.sum())} of {tokens} values are outside the range of the training signals: the posterior is an extrapolation")
+    if Path(data).is_file():
+        train = GlobalSignals(data, "train", tokens=tokens, seed=settings["split_seed"], norm=settings["norm"]).signals
+        if outside := int(((signal < train.min(0).values) | (signal > train.max(0).values)).sum()):
+            notes.append(f"{outside} of its {tokens} values are outside the range of the training signals: the posterior is an extrapolation")
     return signal, lightcone, notes
 
 
@@ -1511,19 +1522,20 @@ def posteriors(args, settings, device):
         for note in notes:
             print(f"note: {file}: {note}", file=sys.stderr)
         mean, L = predict(regressor, signal, device, 1)
-        width = PRIORS[:, 1] - PRIORS[:, 0]
-        mean, covariance = to_physical(mean[0].double().numpy()), torch.cholesky_inverse(L[0].double()).numpy() * width[:, None] * width         # physical units
+        mean, width = to_physical(mean[0].double().numpy()), PRIORS[:, 1] - PRIORS[:, 0]
+        covariance = torch.cholesky_inverse(L[0].double()).numpy() * np.outer(width, width)                # physical units
         std, truth = np.sqrt(covariance.diagonal()), lightcone.parameters
         low, high = np.clip(mean - std, *PRIORS.T), np.clip(mean + std, *PRIORS.T)
         print_table(f"posterior of {file} by {Path(run).resolve().name}", ["", "unit", "mean", "std", "68% interval", "truth"],
-                    [[p, UNITS[j], f"{mean[j]:.{d}f}", f"{std[j]:.{d}f}", f"{low[j]:.{d}f} - {high[j]:.{d}f}", f"{truth[j]:.{d}f}" if math.isfinite(truth[j]) else "-"]
-                     for j, (p, d) in enumerate(zip(PARAMETERS, DIGITS))])
+                    [[p, UNITS[j], f"{mean[j]:.{d}f}", f"{std[j]:.{d}f}", f"{low[j]:.{d}f} - {high[j]:.{d}f}",
+                      f"{truth[j]:.{d}f}" if math.isfinite(truth[j]) else "-"] for j, (p, d) in enumerate(zip(PARAMETERS, DIGITS))])
         out = f"{args.out or Path(run) / 'posterior'}-{stem}"
         write_json(f"{out}.json", {"file": str(file), "run": str(run), "notes": notes, "covariance": covariance.tolist(), "parameters": {
             p: {"mean": mean[j], "std": std[j], "low": low[j], "high": high[j], "truth": truth[j] if math.isfinite(truth[j]) else None, "unit": UNITS[j]}
             for j, p in enumerate(PARAMETERS)}})
         signal = (signal[0] * s["norm"][1] + s["norm"][0]).numpy()
-        draw_corner(mean, covariance, truth, lightcone.redshifts.reshape(len(signal), -1).mean(1), signal, f"{stem}, by {Path(run).resolve().name}", f"{out}.png")
+        z = lightcone.redshifts.reshape(len(signal), -1).mean(1)
+        draw_corner(mean, covariance, truth, z, signal, f"{stem}, by {Path(run).resolve().name}", f"{out}.png")
 
 
 def draw_corner(mean, covariance, truth, z, signal, title, path):
@@ -1556,7 +1568,7 @@ def draw_corner(mean, covariance, truth, z, signal, title, path):
                 ax.set_ylim(low[i], high[i])
             ax.axvline(truth[j], color=COLOURS[2], lw=1)
             ax.set_xlim(low[j], high[j])
-            ax.locator_params(axis="x", nbins=3)
+            ax.xaxis.set_major_locator(plt.MaxNLocator(3, prune="both"))
             ax.tick_params(labelsize=8, labelbottom=i == 5, labelleft=j == 0 < i)
             if i == 5:
                 ax.set_xlabel(axis_label(j).replace(" [", "\n["), fontsize=9)

@@ -142,7 +142,8 @@ def test_own_lightcone(runs, tmp_path, capsys, monkeypatch, depth, unknown):
     T = cube.shape[2]
     distance = data_lightcone.comoving_distance(z[::-1], truth[1])
     z = data_lightcone.redshift_at(distance[0] + (distance[1] - distance[0]) / depth * np.arange(T), truth[1])
-    np.savez(tmp_path / "mine.npz", image=cube, z=z, **{p: np.nan if unknown and p != "Om" else v for p, v in zip(PARAMETERS, truth)})
+    history = {} if unknown else {"node_z": np.array([35.0, 15, 5]), "xH": np.array([1.0, 1, 0.9])}
+    np.savez(tmp_path / "mine.npz", image=cube, z=z, **history, **{p: np.nan if unknown and p != "Om" else v for p, v in zip(PARAMETERS, truth)})
     if not unknown:
         monkeypatch.setattr(nano_eval, "draw_corner", lambda *_: None)                          # once is enough
     regress(root / "small-seed0", "--lightcone", tmp_path / "mine.npz", "--out", tmp_path / "p")
@@ -157,7 +158,8 @@ def test_own_lightcone(runs, tmp_path, capsys, monkeypatch, depth, unknown):
     assert np.array(report["covariance"]) / np.outer(width, width) == pytest.approx(covariance / np.outer(width, width), abs=1e-3)
     assert all(PRIORS[j, 0] <= p["low"] < p["mean"] < p["high"] <= PRIORS[j, 1] for j, p in enumerate(found))
     assert [p["truth"] for p in found] == [None if unknown and p != "Om" else pytest.approx(v) for p, v in zip(PARAMETERS, truth)]
-    assert "68% interval" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "68% interval" in printed.out and ("such histories are usually left out" in printed.err) == (not unknown)
     assert not unknown or all((tmp_path / f"p-mine.{s}").stat().st_size > 20000 for s in ("png", "pdf"))
 
 
@@ -204,6 +206,8 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "is no run directory of train_l3m.py" in error(tmp_path)
     (changed("unfinished") / "model.safetensors").unlink()
     assert "has no model yet: finish the run" in error(tmp_path / "unfinished")
+    (changed("silent") / "metrics.jsonl").unlink()
+    assert "has no validation loss in its metrics.jsonl" in error(tmp_path / "silent")
     assert "nowhere.h5, the lightcones of the run, is not there" in error(changed("moved", data=str(tmp_path / "nowhere.h5")))
     assert "cannot be averaged into 40 equal groups" in error(changed("tokens", tokens=40))
     assert "is not what it was when the run was trained on it" in error(changed("grown", norm=[-30.0, 60.0]))
