@@ -46,7 +46,8 @@ class VelocityCNN(nn.Module):
         tx = torch.cat((t.view(-1, 1, 1, 1).expand_as(x), x), dim=1)                  # (N, 2, h, w)
         h = F.conv2d(tx.contiguous(memory_format=torch.channels_last), self.first.weight[:, self.channels:], padding=1) + c
         for widen, narrow in self.blocks:
-            h = h + narrow(F.silu(widen(F.silu(h))))                                  # (N, 64, h, w) -> (N, 128, h, w) -> (N, 64, h, w)
+            y = F.silu(widen(F.silu(h))).permute(0, 2, 3, 1)                          # (N, 64, h, w) -> (N, 128, h, w) -> (N, h, w, 128)
+            h = h + F.linear(y, narrow.weight[:, :, 0, 0]).permute(0, 3, 1, 2)        # conv 1x1 is a matrix product, and quicker as one
         return self.last(F.silu(h))
 
 
