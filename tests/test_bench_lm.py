@@ -20,12 +20,12 @@ def test_quick(tiny, tmp_path):
     """Random weights of a shape (so the checkpoint is made, too), real tokens: every side gives a figure, and losses agree."""
     base, data = tiny
     out = tmp_path / "bench.json"
-    done = run("--base", base, "--data", data.parent / "snapshot.jsonl", "--shape", base, "--quick", "--dtype", "float32", "--only", "nf4_grouped,losses,generate",
+    done = run("--base", base, "--data", data.parent / "snapshot.jsonl", "--shape", base, "--quick", "--dtype", "float32", "--only", "nf4_grouped,losses,generate,load,prepare",
                "--json", out)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(out.read_text())
     comparisons = report["comparisons"]
-    assert set(comparisons) == {"nf4_grouped", "losses", "generate"}
+    assert set(comparisons) == {"nf4_grouped", "losses", "generate", "load", "prepare"}
     for name in ("nf4_grouped", "generate"):
         c = comparisons[name]
         for key in ("tokens_per_s", "peak_memory_gb", "above_weights_gb"):
@@ -33,7 +33,11 @@ def test_quick(tiny, tmp_path):
         assert name in done.stdout
     assert 0 < comparisons["nf4_grouped"]["ours"]["flop_utilisation"] < 1
     assert comparisons["losses"]["largest_difference"] < 1e-4               # float32 on both sides
-    assert len(comparisons["losses"]["ours"]) == 2 and comparisons["losses"]["ours"][0] != comparisons["losses"]["ours"][1]
+    first, second = comparisons["losses"]["ours"]["repetitions"][0]["losses"]
+    assert first != second
+    for name, key in (("load", "parameters"), ("prepare", "kept")):           # both sides did the same
+        assert comparisons[name]["ratio"] and comparisons[name]["ours"]["repetitions"][0][key] > 0
+    assert comparisons["prepare"]["ours"]["repetitions"][0]["kept"] == comparisons["prepare"]["peer"]["repetitions"][0]["kept"]
 
 
 def test_batches(tmp_path):
