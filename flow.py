@@ -25,8 +25,8 @@ class VelocityCNN(nn.Module):
     """v(x, t, c): convolutions over the channels (condition, t, x), so that a patch may have any size.
 
     The first convolution is linear in its input channels, conv(cond, t, x) = conv(cond) + conv(t, x): the first term, `condition`, does not
-    change along the ODE and is computed once for all its steps. Activations are kept with the channels last in memory (on a CPU 10% faster in
-    sampling, 15 to 25% in training, for 14 x 14 patches)."""
+    change along the ODE and is computed once for all its steps. Activations are kept with the channels last in memory: on a CPU 10 to 20%
+    less time for 14 x 14 patches."""
 
     def __init__(self, channels=2, width=64, inner=128, blocks=6):
         super().__init__()
@@ -47,7 +47,7 @@ class VelocityCNN(nn.Module):
         h = F.conv2d(tx.contiguous(memory_format=torch.channels_last), self.first.weight[:, self.channels:], padding=1) + c
         for widen, narrow in self.blocks:
             y = F.silu(widen(F.silu(h))).permute(0, 2, 3, 1)                          # (N, 64, h, w) -> (N, 128, h, w) -> (N, h, w, 128)
-            h = h + F.linear(y, narrow.weight[:, :, 0, 0]).permute(0, 3, 1, 2)        # conv 1x1 is a matrix product, and quicker as one
+            h = h + F.linear(y, narrow.weight[:, :, 0, 0]).permute(0, 3, 1, 2)        # conv 1x1; as such it is slow in small batches
         return self.last(F.silu(h))
 
 

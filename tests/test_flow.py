@@ -116,8 +116,8 @@ def test_learns_a_known_density():
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        ring = torch.randint(2, (512, 1), generator=g).float()
-        loss = cfm_loss(net, draw(512, ring), ring).mean()
+        ring = torch.randint(2, (256, 1), generator=g).float()
+        loss = cfm_loss(net, draw(256, ring), ring).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
