@@ -1,13 +1,13 @@
 """How fast and how small: nanophys beside transformers + peft (+ bitsandbytes), alternating in one run, each measurement in a fresh process.
 
-    python tests/bench_lm.py --base DIR --data FILE [--json out/bench.json]                   # a CPU and SmolLM2: an hour or two
+    python tests/bench_lm.py --base DIR --data FILE [--json out/bench.json]                   # a CPU and SmolLM2: about an hour
     python tests/bench_lm.py --base DIR --data FILE --quick --only train,generate             # does it run? Its figures mean little
     python tests/bench_lm.py --shape llama-3.1-8b --device cuda --batch-size 16 --micro-batch 16 --only nf4,generate,load,dequantise
     python tests/bench_lm.py --shape llama-3.1-8b --only load [--blocks 20]
 
 FILE: records as in the arXiv snapshot (JSONL, .gz or not), or a directory that data_arxiv.py prepare wrote; set s1, order of seed 42.
 --shape: a checkpoint of random weights, made on the spot; without --base and --data also random tokens, in lengths drawn from the
-distribution of real abstracts. Nothing is downloaded.
+distribution of real abstracts. Nothing is downloaded. (unsloth wants a tokenizer: give --base, too.)
 
 train          LoRA on all matrices, r 8, alpha 32, dropout 0.05, AdamW on float32 adapters; the peer is a plain loop over padded batches
 train_grouped  the same (ours unchanged) against the peer with batches of similar length, from windows of 50 batches
@@ -25,7 +25,7 @@ sequence, over --steps steps after one that warms up; padding does not count. pe
 largest resident set, interpreter and libraries included, on a GPU what torch allocated; above_weights_gb: that less the base's parameters;
 of load and prepare: anonymous memory above the start (the page cache gives mapped files up at need). flop_utilisation: training's FLOP/s
 (train_lm.step_flops) over those of a matrix product, measured at the start. ratio = ours / peer. A training peer that runs out of memory
-is measured again with gradient checkpointing, and the report says so.
+is measured again with gradient checkpointing, and the report says so; a side that fails is reported as failed (exit status 1).
 """
 import argparse
 import gzip
@@ -34,6 +34,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -48,6 +49,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # as train_lm.py does; the peer's processes inherit it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                 # no peer shall ask the hub for anything
 import numpy as np
 from tqdm import tqdm
 
@@ -58,6 +60,7 @@ SEED, RANK, ALPHA, DROPOUT, WINDOW = 42, 8, 32, 0.05, 50
 SIDES = ("ours", "peer")
 ALL = ("train", "train_grouped", "nf4", "nf4_grouped", "losses", "losses_nf4", "generate", "load", "prepare", "prepare_all", "dequantise")
 PEERS = ("torch", "transformers", "peft", "bitsandbytes", "unsloth")
+COMMON = ("base", "data", "shape", "blocks", "device", "dtype", "micro_batch", "checkpoint_activations", "snapshot", "gb")    # every process gets these
 OUT_OF_MEMORY = 12                                            # exit status of a measured process
 ADAMW = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -270,10 +273,11 @@ def make_checkpoint(t):
     config = replace(config, num_hidden_layers=t.blocks or config.num_hidden_layers)
     with torch.device("meta"):
         model = CausalLM(config)
-    shards, index, base = {}, {}, Path(t.base)
+    shards, index, base = {}, {}, Path(f"{t.base}.tmp")
     for name, p in model.named_parameters():                 # a tied lm_head is not among them
         shards.setdefault(name.split(".")[2] if name.startswith("model.layers.") else name, {})[name] = p.shape
-    base.mkdir()
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir(parents=True)
     torch.manual_seed(SEED)
     for i, shapes in enumerate(shards.values()):
         new = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device=t.device)
@@ -282,6 +286,7 @@ def make_checkpoint(t):
         index |= dict.fromkeys(shapes, f"model-{i:03}.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (base / "config.json").write_text(json.dumps(config_json(config) | {"torch_dtype": "bfloat16"}))
+    base.rename(t.base)                                      # --checkpoint DIR is there whole or not at all
     return {}
 
 
@@ -460,18 +465,19 @@ def child(task):
 
 
 def measure(args, folder, function, library="transformers", **task):
-    """One process -> its result, or None if it ran out of memory. A training peer that does is tried again with gradient checkpointing."""
+    """One process -> its result, or {"failed": why}. A training peer that runs out of memory is tried again with gradient checkpointing."""
     path = Path(folder) / "task.json"
     checkpointing = function == "train_peer" and library in args.checkpointing
-    common = {k: getattr(args, k) for k in ("base", "data", "shape", "blocks", "device", "dtype", "micro_batch", "checkpoint_activations", "snapshot", "gb")}
+    common = {k: getattr(args, k) for k in COMMON}
     path.write_text(json.dumps(common | {"function": function, "library": library, "checkpointing": checkpointing} | task))
     done = subprocess.run([sys.executable, __file__, "--child", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         return json.loads(path.with_suffix(".result").read_text()) | {"gradient_checkpointing": checkpointing}
     if done.returncode not in (OUT_OF_MEMORY, -signal.SIGKILL):
-        raise ValueError(f"{function} failed:\n{done.stderr[-3000:]}")
+        tqdm.write(done.stderr, file=sys.stderr)
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     if function != "train_peer" or checkpointing:
-        return None
+        return {"failed": "out of memory"}
     tqdm.write(f"{library} ran out of memory; from here on with gradient checkpointing", file=sys.stderr)
     args.checkpointing.add(library)
     return measure(args, folder, function, library, **task)
@@ -529,16 +535,17 @@ def plan(args, draw):
         task = dict(prompts=prompts, new_tokens=args.new_tokens, seed=SEED + r)
         jobs += [("generate", side, f"generate_{side}", task) for side in SIDES]
     physics, every = dict(categories=data_arxiv.CATEGORIES[:3]), dict(categories=data_arxiv.CATEGORIES)
-    for name, function, task in (("load", "load_nf4", {}), ("prepare", "prepare", physics), ("prepare_all", "prepare", every), ("dequantise", "dequantise", {})):
+    for name, function, task in (("load", "load_nf4", {}), ("prepare", "prepare", physics), ("prepare_all", "prepare", every),
+                                 ("dequantise", "dequantise", {})):
         for r in range(args.repetitions) if name in wanted else ():
             jobs += [(name, side, f"{function}_{side}", task) for side in SIDES]
     return jobs
 
 
 def medians(found, best):
-    """The results of one side -> the medians over its repetitions, and each of them; None if one ran out of memory."""
-    if None in found:
-        return None
+    """The results of one side -> the medians over its repetitions, and each of them; the failure if one failed."""
+    if "failed" in found[-1]:
+        return found[-1]
     m = {k: statistics.median(f[k] for f in found) for k in found[0] if isinstance(found[0][k], float)}
     if "flop_per_s" in m:
         m["flop_utilisation"] = m["flop_per_s"] / best
@@ -551,11 +558,10 @@ def summary(results, best):
     for name in (name for name, side in results if side == "peer"):
         same = name.removesuffix("_grouped").removesuffix("_unsloth")                        # ours does not change with the peer
         ours, peer = medians(results[same, "ours"], best), medians(results[name, "peer"], best)
-        c = comparisons[name] = {"ours": ours, "peer": peer, "ratio": None}
-        if ours and peer:
-            c["ratio"] = {k: ours[k] / peer[k] for k in ours if isinstance(ours[k], float) and peer[k] > 0}
-        if name.startswith("losses") and ours and peer:
-            c["largest_difference"] = max(abs(a - b) for a, b in zip(ours["repetitions"][0]["losses"], peer["repetitions"][0]["losses"], strict=True))
+        ratio = {k: v / peer[k] for k, v in ours.items() if isinstance(v, float) and peer.get(k, 0) > 0}
+        c = comparisons[name] = {"ours": ours, "peer": peer, "ratio": ratio}
+        if name.startswith("losses") and c["ratio"]:
+            c["largest_difference"] = max(abs(a - b) for a, b in zip(*(c[side]["repetitions"][0]["losses"] for side in SIDES), strict=True))
     return comparisons
 
 
@@ -566,11 +572,13 @@ def show(comparisons, machine):
         if "largest_difference" in c:
             print(f"{name:16}largest difference of a step's loss{c['largest_difference']:19.4f}")
             continue
-        for key in c["ratio"] or ("tokens_per_s",):
-            if key not in ("warm_up_s", "flop_per_s"):
-                print(f"{name:16}{key:24}" + "".join(f"{c[side][key]:10.4g}" if c[side] else f"{'no memory':>10}" for side in (*SIDES, "ratio")))
-        if c["peer"] and c["peer"]["gradient_checkpointing"]:
-            print(f"{name:16}the peer with gradient checkpointing")
+        for key in dict.fromkeys(k for side in SIDES for k, v in c[side].items() if isinstance(v, float) and k not in ("warm_up_s", "flop_per_s")):
+            print(f"{name:16}{key:24}" + "".join(f"{c[side][key]:10.4g}" if key in c[side] else f"{'-':>10}" for side in (*SIDES, "ratio")))
+        for side in SIDES:
+            if "failed" in c[side]:
+                print(f"{name:16}{side} failed: {c[side]['failed']}")
+            elif c[side]["gradient_checkpointing"]:
+                print(f"{name:16}{side} with gradient checkpointing")
 
 
 def write(path, report):
@@ -584,6 +592,7 @@ def main(argv=None):
     p.add_argument("--base", help="model directory; with --shape its tokenizer only")
     p.add_argument("--data", metavar="FILE", help="records as in the arXiv snapshot (JSONL, .gz or not), or a prepared directory")
     p.add_argument("--shape", help="random weights instead: a name such as llama-3.1-8b, or a directory with a config.json")
+    p.add_argument("--checkpoint", metavar="DIR", help="with --shape: keep the random weights there, or take them from there")
     p.add_argument("--blocks", type=int, help="with --shape: so many of its blocks (default: all)")
     p.add_argument("--gb", type=float, default=4.5, help="size of the file that prepare reads, 10^9 bytes (default %(default)s)")
     p.add_argument("--only", type=lambda s: s.split(","), help=f"of {','.join(ALL)} (default: all; prepare wants a FILE)")
@@ -615,32 +624,47 @@ def run(args):
     args.only = args.only or [name for name in ALL if not name.startswith("prepare") or os.path.isfile(args.data or "")]
     if unknown := set(args.only) - set(ALL):
         raise ValueError(f"--only {','.join(sorted(unknown))}: choose among {','.join(ALL)}")
-    if not (args.base and args.data) and (args.base or args.data or not args.shape):
-        raise ValueError("give --base DIR and --data FILE, or --shape for random weights, or all three")
+    if not args.base and (args.data or not args.shape):
+        raise ValueError("give --base DIR and --data FILE, or --shape for random weights (with --data, --base says whose tokenizer)")
+    if not args.data and not args.shape:
+        raise ValueError("give --data FILE, real abstracts, or --shape for random weights and tokens")
     if {"prepare", "prepare_all"} & set(args.only) and not os.path.isfile(args.data or ""):
         raise ValueError("prepare wants --data FILE with records, not a prepared directory; choose other comparisons with --only")
     if args.quick:
         args.steps, args.repetitions, args.loss_steps, args.prompts, args.new_tokens, args.gb = 2, 1, 2, 4, 16, 0.02
-    args.checkpointing = {"transformers", "unsloth"} if args.peer_checkpointing else set()
-    settings = {k: v for k, v in vars(args).items() if k not in ("child", "checkpointing")}
+    settings = {k: v for k, v in vars(args).items() if k != "child"}
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, sequences(args, folder, load_config(args.shape or args.base).vocab_size))
-        args.snapshot = os.path.join(folder, "snapshot.jsonl")
+        args.snapshot, args.checkpointing = os.path.join(folder, "snapshot.jsonl"), {"transformers", "unsloth"} if args.peer_checkpointing else set()
+
+        def prepared(function):
+            result = measure(args, folder, function)
+            if "failed" in result:
+                raise ValueError(f"{function}: {result['failed']}")
+            return result
+
         if args.shape:
-            args.base = os.path.join(folder, "base")
-            measure(args, folder, "make_checkpoint")
+            tokenizer, args.base = args.base, args.checkpoint or os.path.join(folder, "base")
+            if not os.path.exists(args.base):
+                prepared("make_checkpoint")
+                for file in Path(tokenizer).glob("tokenizer*") if tokenizer else ():
+                    shutil.copy(file, args.base)
         if "prepare" in args.only or "prepare_all" in args.only:
-            measure(args, folder, "make_snapshot")
-        machine = measure(args, folder, "measure_peak")
+            prepared("make_snapshot")
+        machine = prepared("measure_peak")
         report = {"machine": machine, "versions": {name: version(name) for name in PEERS if find_spec(name)}, "settings": settings}
         results = {}
         for name, side, function, task in (bar := tqdm(jobs, unit="process")):
             bar.set_description(f"{name} {side}")
-            results.setdefault((name, side), []).append(measure(args, folder, function, **task))
+            found = results.setdefault((name, side), [])
+            if not found or "failed" not in found[-1]:       # what has failed once is not tried again
+                found.append(measure(args, folder, function, **task))
             report["comparisons"] = summary(results, machine["flops"])
             if args.json:
                 write(args.json, report)
     show(report["comparisons"], machine)
+    if any(result[-1].get("failed", "out of memory") != "out of memory" for result in results.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import bench_lm
 from conftest import ROOT
@@ -51,6 +52,42 @@ def test_batches(tmp_path):
     timed = [batch for r in grouped for batch in r[1:]]                      # 50 of the window's 50 batches: each once
     assert sorted(len(s) for batch in timed for s in batch) == sorted(lengths)
     assert sum(8 * max(map(len, b)) for b in timed) < 1.15 * lengths.sum() < sum(8 * max(map(len, draw(k))) for k in range(50))
+
+
+def test_out_of_memory(tmp_path, monkeypatch):
+    """A training peer without memory is tried again with gradient checkpointing; a failure is told, not raised."""
+    args = bench_lm.SimpleNamespace(checkpointing=set(), **dict.fromkeys(bench_lm.COMMON))
+    tasks = []
+
+    def process(command, **_):
+        tasks.append(json.loads((tmp_path / "task.json").read_text()))
+        (tmp_path / "task.result").write_text('{"tokens_per_s": 5.0}')
+        memory, broken = tasks[-1]["function"] == "train_peer" and not tasks[-1]["checkpointing"], tasks[-1]["function"] == "load_nf4_peer"
+        return bench_lm.SimpleNamespace(returncode=bench_lm.OUT_OF_MEMORY if memory else 1 if broken else 0, stderr="Traceback\nOSError: no\n")
+    monkeypatch.setattr(bench_lm.subprocess, "run", process)
+    peer = bench_lm.measure(args, tmp_path, "train_peer", batches=[])
+    assert peer == {"tokens_per_s": 5.0, "gradient_checkpointing": True} and [t["checkpointing"] for t in tasks] == [False, True]
+    assert bench_lm.measure(args, tmp_path, "train_ours") == {"tokens_per_s": 5.0, "gradient_checkpointing": False}
+    failed = bench_lm.measure(args, tmp_path, "load_nf4_peer")
+    assert failed == {"failed": "OSError: no"}
+    comparison = bench_lm.summary({("load", "ours"): [{"seconds": 1.0, "gradient_checkpointing": False}], ("load", "peer"): [failed]}, 1.0)["load"]
+    assert comparison["peer"] == failed and comparison["ratio"] == {}
+
+    def full(t):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(bench_lm, "train_ours", full)
+    (tmp_path / "task.json").write_text('{"function": "train_ours"}')
+    with pytest.raises(SystemExit) as e:
+        bench_lm.child(str(tmp_path / "task.json"))
+    assert e.value.code == bench_lm.OUT_OF_MEMORY
+
+
+def test_dequantise(monkeypatch):
+    monkeypatch.setattr(bench_lm, "SHAPES", ((64, 128),))
+    t = bench_lm.SimpleNamespace(device="cpu")
+    for side in (bench_lm.dequantise_ours, bench_lm.dequantise_peer):
+        found = side(t)
+        assert list(found) == ["64x128 10^9/s"] and found["64x128 10^9/s"] > 0
 
 
 def test_padded():
