@@ -162,6 +162,8 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
         mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
     if mask is None:
         scores = torch.bmm(q, k.mT)                                   # (B*G, R*T, S)
+    elif T == 1:                                                      # generation: K q^T, because bmm would copy a cache to transpose it
+        scores = torch.bmm(k, q.mT).mT.reshape(B, G, R, S).masked_fill_(~mask, -torch.inf).view(B * G, R, S)
     else:
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)          # (B or 1, 1, T, S)
         bias = bias.repeat(1, 1, R, 1) if len(mask) == 1 else bias.expand(B, G, T, S).repeat(1, 1, R, 1)
@@ -187,12 +189,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)
         q, k = rotate(q, *(f[:, :, -n:] for f in rope)), rotate(k, *rope)
         drop = self.config.attention_dropout if self.training else 0.0
-        if cache is not None:
+        if lengths is None and cache is None:                         # the last position sees all that is there, causal or not
+            y = attend(q, k, v, causal=causal and not last_only, dropout=drop)
+        elif lengths is None:
             k, v, mask = cache.update(layer, k, v)                    # (B, G, S, D), (B, 1, T, S)
             y = attend(q, k, v, mask[:, :, -n:], dropout=drop)
-        elif lengths is None:                                         # the last position sees all that is there, causal or not
-            y = attend(q, k, v, causal=causal and not last_only, dropout=drop)
         else:                                                         # each sequence attends to itself alone: no mask, no padding
+            if cache is not None:
+                cache.fill(layer, k, v, lengths)
             parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2))
             y = torch.cat([attend(*qkv, causal=causal, dropout=drop) for qkv in parts], dim=2)
         return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))       # (B, H, n, D) -> (B, n, H*D) -> (B, n, C)
@@ -245,15 +249,15 @@ class Decoder(nn.Module):
         ids (B, T) int64, or embeds (B, T, C) in their place. positions (T,) or (B, T), default 0..T-1 (after what the cache holds).
         lengths: with B = 1, T is a row of sequences of these lengths (summing to T) laid end to end; none sees another, and the
         default positions restart at each. Padding on the right of a batch needs no mask: under causal attention nothing sees it.
-        cache: a KVCache, which grows by T; attention is then causal. causal=False: every token sees its whole sequence.
+        cache: a KVCache, which grows by T; attention is then causal. With `lengths` it must be empty, and sequence i fills its row i. causal=False: every token sees its whole sequence.
         last_only: (B, 1, C), of the last position alone; the last block then computes nothing but keys and values for the others.
-        Raises ValueError if lengths do not sum to T or are combined with a cache, with B > 1 or with last_only."""
+        Raises ValueError if lengths do not sum to T or are combined with a cache that is not empty, with B > 1 or with last_only."""
         x = self.embed_tokens(ids) if embeds is None else embeds
         B, T, _ = x.shape
         if lengths is not None:
             lengths = [int(n) for n in lengths]
-            if B != 1 or sum(lengths) != T or cache is not None or last_only:
-                raise ValueError(f"lengths need one row without a cache or last_only and must sum to its {T} tokens; got {B} rows and the sum {sum(lengths)}")
+            if B != 1 or sum(lengths) != T or cache is not None and cache.used or last_only:
+                raise ValueError(f"lengths need one row, without last_only or a cache that is in use, and must sum to its {T} tokens; got {B} rows and the sum {sum(lengths)}")
         if positions is None:
             if lengths is not None:
                 positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
@@ -266,7 +270,7 @@ class Decoder(nn.Module):
             context = rope, lengths, cache, i, causal, last_only and i == len(self.layers) - 1
             x = checkpoint(layer, x, *context, use_reentrant=False) if recompute else layer(x, *context)
         if cache is not None:
-            cache.grow(T)
+            cache.grow(T if lengths is None else lengths)
         return self.norm(x)
 
 
@@ -349,14 +353,17 @@ def token_nll(model, ids, lengths):
 class KVCache:
     """Keys and values of what was seen so far: `size` slots for each of `batch` rows, filled from the left.
 
-    Rows may have unequal `lengths` (batch,): after a prefill padded on the right, set lengths to the true ones; what lies
-    beyond them is masked and then overwritten."""
+    Rows may have unequal `lengths` (batch,), and at most `used`, a number known without asking the device; what lies behind a row's end is masked."""
 
     def __init__(self, config, batch, size, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.used = 0                                         # an upper bound of lengths, known without asking the device
+        self.lengths, self.used = torch.zeros(batch, dtype=torch.int64, device=device), 0
+
+    def fill(self, layer, k, v, lengths):
+        """Store k, v (1, G, T, D) of sequences laid end to end, each in its own row of the empty cache."""
+        for row, (a, b) in enumerate(zip(k[0].split(lengths, dim=1), v[0].split(lengths, dim=1), strict=True)):
+            self.k[layer, row, :, :a.shape[1]], self.v[layer, row, :, :a.shape[1]] = a, b
 
     def update(self, layer, k, v):
         """Store k, v (B, G, T, D) behind what is there -> all keys, all values (B, G, S, D), mask (B, 1, T, S) of what each may see."""
@@ -364,16 +371,25 @@ class KVCache:
         S = self.used + T
         if S > self.k.shape[3]:
             raise ValueError(f"the key-value cache has {self.k.shape[3]} slots and would need {S}; make it larger")
-        slots = self.lengths[:, None] + torch.arange(T, device=k.device)              # (B, T)
+        if layer == 0:                                        # the same for all layers
+            self.slots = self.lengths[:, None] + torch.arange(T, device=k.device)     # (B, T)
+            self.mask = torch.arange(S, device=k.device) <= self.slots[:, None, :, None]
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer][rows, :, slots] = k.transpose(1, 2)
-        self.v[layer][rows, :, slots] = v.transpose(1, 2)
-        mask = torch.arange(S, device=k.device) <= slots[:, None, :, None]
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S], mask
+        self.k[layer][rows, :, self.slots] = k.transpose(1, 2)
+        self.v[layer][rows, :, self.slots] = v.transpose(1, 2)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S], self.mask
 
     def grow(self, T):
-        self.lengths = self.lengths + T
-        self.used += T
+        """T: how many tokens came to each row, a number or a list."""
+        self.lengths = self.lengths + torch.as_tensor(T, device=self.lengths.device)
+        self.used += T if isinstance(T, int) else max(T)
+
+    def keep(self, rows):
+        """Shrink to these rows, in this order; only those that change their place are copied."""
+        moved = [i for i, row in enumerate(rows) if row != i]
+        for cache in (self.k, self.v):
+            cache[:, moved] = cache[:, [rows[i] for i in moved]]
+        self.k, self.v, self.lengths = self.k[:, :len(rows)], self.v[:, :len(rows)], self.lengths[rows]
 
 
 @torch.inference_mode()
@@ -386,18 +402,15 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
     device, B = model.lm_head.weight.device, len(prompts)
     if not all(prompts):
         raise ValueError("a prompt without any token cannot be continued; start it with the BOS token at least")
-    ends = torch.tensor([eos] if isinstance(eos, int) else list(eos or []), dtype=torch.int64, device=device)
-    lengths = torch.tensor([len(p) for p in prompts])
-    ids = torch.zeros(B, int(lengths.max()), dtype=torch.int64)
-    for row, prompt in zip(ids, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)                                      # padded on the right
-    cache = KVCache(model.config, B, ids.shape[1] + max_new_tokens, model.lm_head.weight.dtype, device)
-    hidden = model.model(ids.to(device), cache=cache)
-    cache.lengths = lengths.to(device)
-    hidden = hidden[torch.arange(B, device=device), cache.lengths - 1]                # (B, C), at each prompt's last token
+    ends = {eos} if isinstance(eos, int) else set(eos or [])
+    lengths = [len(p) for p in prompts]
+    cache = KVCache(model.config, B, max(lengths) + max_new_tokens, model.lm_head.weight.dtype, device)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    hidden = model.model(ids[None], lengths=lengths, cache=cache)[0]                  # (T, C): prompts laid end to end
+    hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]               # (B, C), at each prompt's last token
     seeds = [seed * 1_000_003 + row for row in range(B)] if isinstance(seed, int) else seed
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-    new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+    new, running = [[] for _ in prompts], list(range(B))      # running: the prompt that each row of the batch continues
     for step in range(max_new_tokens):
         logits = model.lm_head(hidden).float()                                        # (B, vocab)
         if temperature == 0:
@@ -407,14 +420,20 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
             cumulative = F.softmax(top / temperature, dim=-1).cumsum(-1)              # (B, top_k); the pick: where it passes the uniform draw
             pick = (cumulative < uniform[:, step, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
             token = index.gather(1, pick).squeeze(1)                                  # (B,)
-        new.append(token)
-        done |= torch.isin(token, ends)
-        if done.all():
+        going = []
+        for row, t in enumerate(token.tolist()):
+            if t not in ends:
+                new[running[row]].append(t)
+                going.append(row)
+        if not going or step == max_new_tokens - 1:
             break
+        if len(going) < len(running):                         # finished sequences leave the batch; rows from its end take their places
+            late = iter(row for row in going if row >= len(going))
+            going = [row if row in going else next(late) for row in range(len(going))]
+            cache.keep(going)
+            running, uniform, token = [running[row] for row in going], uniform[going], token[going]
         hidden = model.model(token[:, None], cache=cache)[:, 0]
-    rows = torch.stack(new, dim=1).tolist() if new else [[] for _ in prompts]
-    ends = set(ends.tolist())
-    return [row[:next((i for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
+    return new
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints: in, out, hub
