@@ -316,15 +316,16 @@ def test_own_records_beside_a_snapshot(snapshot, tmp_path):
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 def refused(source, out, *words):
-    """Exit status 2, one line on stderr after the progress bar, no traceback, nothing new in out."""
+    """Exit status 2, one line on stderr after the progress bar, no traceback, nothing new in out. Returns the CPU time that it took."""
     before = {p.name: p.read_bytes() for p in out.iterdir()} if out.exists() else {}
-    begun = time.time()
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run("prepare", source, "--out", out)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     error = done.stderr[done.stderr.index("error: "):]
     assert error.count("\n") == 1 and all(word in error for word in words), error
     assert ({p.name: p.read_bytes() for p in out.iterdir()} if out.exists() else {}) == before
-    return time.time() - begun
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime
 
 
 def test_files_that_are_no_snapshot(tmp_path, prepared):
