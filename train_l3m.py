@@ -364,7 +364,7 @@ def regress_demo(args):
     data_lightcone.simulate(store, 400, sky=16, tau_sigma=1e9, max_x_hi=1.0)
     common = [sys.executable, script, "regress", "--data", store, "--batch-size", "64", "--dropout", "0", "--no-duplicate"]
     print("2. The small reference network, trained from scratch", flush=True)
-    subprocess.run([*common, "--init", "small", "--epochs", "150", "--lr", "3e-3", "--out", out / "small"], check=True)
+    subprocess.run([*common, "--init", "small", "--epochs", "100", "--lr", "3e-3", "--out", out / "small"], check=True)
     print("3. Connectors to two random, frozen blocks of SmolLM2-135M's shape", flush=True)
     subprocess.run([*common, "--init", "random", "--base", "smollm2-135m", "--blocks", "2", "--epochs", "10", "--lr", "3e-3", "--out", out / "random"], check=True)
     print("4. Both on the test lightcones, beside the prior mean and a ridge regression", flush=True)
