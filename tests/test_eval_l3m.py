@@ -122,10 +122,13 @@ def test_baselines():
     covariance = torch.linalg.inv(L[0] @ L[0].T).numpy()
     assert covariance == pytest.approx(1e-4 * (np.eye(6) + 0.5), abs=4e-5)
     assert gaussian_nll(mean, L, test.parameters).mean() < gaussian_nll(*methods["prior mean"](test.signals), test.parameters).mean() - 1
-    X, Y = train.signals.double().numpy(), train.parameters.double().numpy()
+    few = Signals(60, 3)                                                                        # where the penalty matters
+    methods, alpha = nano_eval.baselines(few, validation)
+    X, Y = few.signals.double().numpy(), few.parameters.double().numpy()
     rows = np.vstack([X - X.mean(0), np.sqrt(alpha) * np.eye(47)])
     weights = np.linalg.lstsq(rows, np.vstack([Y - Y.mean(0), np.zeros((47, 6))]))[0]
-    assert mean.numpy() == pytest.approx((test.signals.numpy() - X.mean(0)) @ weights + Y.mean(0), abs=1e-5)
+    mean = methods["ridge regression"](test.signals)[0]
+    assert alpha > 1 and mean.numpy() == pytest.approx((test.signals.numpy() - X.mean(0)) @ weights + Y.mean(0), abs=1e-5)
     assert methods["prior mean"](test.signals)[0].unique().tolist() == [0.5]
 
 
@@ -148,6 +151,9 @@ def test_own_lightcone(runs, tmp_path, capsys, monkeypatch, depth, unknown):
         monkeypatch.setattr(nano_eval, "draw_corner", lambda *_: None)                          # once is enough
     regress(root / "small-seed0", "--lightcone", tmp_path / "mine.npz", "--out", tmp_path / "p")
     report = json.loads((tmp_path / "p-mine.json").read_text())
+    settings = json.loads((root / "small-seed0" / "config.json").read_text())["settings"]
+    signal, _, notes = nano_eval.read_own(tmp_path / "mine.npz", settings, store)
+    assert signal.numpy() == pytest.approx(test.signals[:1].numpy(), abs=1e-3) and not any("Mpc deep" in note or "ends at" in note for note in notes)
     with torch.no_grad():
         mean, L = load_regressor(root / "small-seed0")(test.signals[:1])
     width = PRIORS[:, 1] - PRIORS[:, 0]
