@@ -325,7 +325,7 @@ def kept_bytes(forward, model):
 
 
 def regress_dry_run(args):
-    """Parameters by group, memory and steps, from shapes alone. The memory is an estimate for one process that is alone."""
+    """Parameters by group, memory and steps, from shapes alone. The memory is of a process that is alone, from above: attention counts as written out."""
     reference = args.init in REFERENCES
     config = REFERENCES[args.init] if reference else load_config(args.base)
     config = replace(config, vocab_size=0, num_hidden_layers=args.blocks or config.num_hidden_layers)

@@ -303,3 +303,31 @@ def test_dry_run_counts_steps(signals, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] == 10 * math.ceil(60 / 8) and report["train_lightcones"] == 30 and report["config"]["model"]["num_hidden_layers"] == 6
     assert report["trainable_by_group"] == {"input_connector": 1152, "output_connector": 15579, "tokens": 576, "backbone": 0}
+
+
+def test_dry_run_memory(capsys):
+    """What autograd keeps, counted on the meta device, bounds what it keeps of a real pass, not far above; recomputing blocks keeps a fraction."""
+    command = ["regress", "--dry-run", "--init", "random", "--base", "smollm2-135m", "--blocks", "3", "--data", "nowhere", "--batch-size", "200", "--dtype", "bfloat16"]
+    estimates = []
+    for more in ([], ["--checkpoint-activations"]):
+        train_l3m.main([*command, *more])
+        estimates.append(json.loads(capsys.readouterr().out)["memory_gb"])
+    settings = dict(init="random", base="smollm2-135m", blocks=3, prompt="minimal", seed=0, dropout=0.0, causal=True, dtype="bfloat16")
+    regressor = connectors.build_regressor(settings)
+    kept = train_l3m.kept_bytes(lambda: regressor.hidden(torch.randn(20, 47)), regressor) * 10
+    real = (kept + 2 * 3 * 3_540_096) / 1e9
+    assert 0.95 * real < estimates[0] < 1.7 * real
+    assert estimates[1] < 0.6 * estimates[0]
+
+
+def test_demo(tmp_path, monkeypatch, capfd):
+    """The demo's path with fewer lightcones and steps; as it is, it takes two minutes."""
+    simulate, call = data_lightcone.simulate, subprocess.run
+    monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 40, **how))
+    monkeypatch.setattr(train_l3m.subprocess, "run", lambda command, **how: call([*map(str, command), *(["--max-steps", "3"] if "--lr" in command else [])], **how))
+    train_l3m.main(["regress", "--demo", "--out", str(tmp_path / "demo")])
+    printed = capfd.readouterr().out
+    for part in ("a stand-in, not 21cmFAST", "ridge regression", "prior mean", "Everything is in"):
+        assert part in printed
+    assert (tmp_path / "demo" / "small" / "model.safetensors").exists() and (tmp_path / "demo" / "random" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "demo" / "random" / "config.json").read_text())["settings"]["blocks"] == 2
