@@ -75,7 +75,7 @@ from data_lightcone import BINS, CELL, PARAMETERS, PRIORS, PUBLISHED_NORM, Globa
 from lora import load_adapter, merge
 from model import bos_eos, fetch, generate, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
 from quant import NF4Linear
-from train_lm import fail, resolve_dtype, start_processes, sync
+from train_lm import Help, fail, resolve_dtype, start_processes, sync
 
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]               # Okabe and Ito, colour-blind safe
 
@@ -1583,13 +1583,6 @@ def draw_corner(mean, covariance, truth, z, signal, title, path):
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults, where there is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def main(argv=None):

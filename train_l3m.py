@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train_lm import (StopSignal, fail, open_metrics, open_run, optimizer_tensors, peak_memory_gb, resolve_dtype, restore, save_checkpoint,  # before torch
+from train_lm import (Help, StopSignal, fail, open_metrics, open_run, optimizer_tensors, peak_memory_gb, resolve_dtype, restore, save_checkpoint,  # before torch
                       start_processes, sum_over_processes, sync)
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data_lightcone
-from connectors import PROMPTS, REFERENCES, Regressor, build_regressor, gaussian_nll, is_words, seed_of
+from connectors import PROMPTS, REFERENCES, Regressor, build_regressor, gaussian_nll, is_words
 from model import SHAPES, Decoder, load_config
 
 TOKENS_A_SIGNAL = 47
@@ -45,7 +45,7 @@ CLIP = 30.0                                                   # gradient norm of
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Train a language-model backbone with connectors on 21cm lightcones (arXiv:2506.14757).")
     r = p.add_subparsers(dest="experiment", required=True).add_parser(
-        "regress", help="six parameters from the sky-averaged signal", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "regress", help="six parameters from the sky-averaged signal", formatter_class=Help,
         description="Regress the six parameters of a lightcone from its sky-averaged 21cm signal. The defaults are the paper's.")
     r.add_argument("--init", choices=["pretrained", "random", "small", "large"], default="pretrained",
                    help="backbone: pretrained or random weights, frozen; or a small or large reference network trained from scratch")
@@ -55,7 +55,7 @@ def arguments(argv=None):
     r.add_argument("--data", default="data/lightcones.h5", help="a store of data_lightcone.py, or an .npz of signals")
     r.add_argument("--batch-size", type=int, default=1024, help="lightcones a step, over all processes")
     r.add_argument("--micro-batch", type=int, help="lightcones in one pass of a process (default: its whole share); lower it if memory runs out")
-    r.add_argument("--epochs", type=int, help="(default: 1500; references 40000)")
+    r.add_argument("--epochs", type=int, help="passes over the training set (default: 1500; references 40000)")
     r.add_argument("--max-steps", type=int, help="end after so many steps; warm-up and decay shrink in proportion")
     r.add_argument("--lr", type=float, default=5e-5, help="highest learning rate")
     r.add_argument("--warmup", type=float, help="epochs with a linearly rising learning rate (default: 100, at most a tenth of --epochs)")

@@ -79,17 +79,6 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def measured_peak(dtype, device):
-    """FLOP/s of a large matrix product here and now: what model FLOP utilisation is a fraction of. Half a second, once a run."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()                                  # .item() waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / min(seconds)
-
-
 class StopSignal:
     """SIGTERM (pre-emption, scancel) and Ctrl-C set `.requested`; the training loop then saves and leaves. A second Ctrl-C kills."""
 
@@ -183,6 +172,13 @@ def open_metrics(out, step):
     return open(path, "a", buffering=1)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def fail(error):
     """One line on stderr, exit status 2."""
     rank = os.environ.get("RANK", "0")
@@ -195,7 +191,7 @@ def fail(error):
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Fine-tune a Llama with LoRA on arXiv abstracts (arXiv:2508.03716). The defaults are the paper's.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     p.add_argument("--base", default="meta-llama/Llama-3.1-8B", help=f"model directory or hub id; with --dry-run also {', '.join(SHAPES)}")
     p.add_argument("--data", default="data/arxiv", help="directory that data_arxiv.py prepare wrote")
     p.add_argument("--subset", default="s3", help="s1..s10, own, a category, or a recipe such as hep-th:0.7+gr-qc:0.15")
@@ -243,6 +239,17 @@ def learning_rate(step, steps, args):
 
 def count_steps(rows, args):
     return min(args.epochs * math.ceil(rows / args.batch_size), args.max_steps or sys.maxsize)
+
+
+def measured_peak(dtype, device):
+    """FLOP/s of a large matrix product here and now: what model FLOP utilisation is a fraction of. Half a second, once a run."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                  # .item() waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
 
 
 def step_flops(config, frozen, trainable, lengths):

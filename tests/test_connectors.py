@@ -9,30 +9,9 @@ from safetensors.torch import load_file, save_file
 import connectors
 from connectors import (PROMPTS, REFERENCES, build_regressor, coverage, encode_words, gaussian_head, gaussian_nll, joint_coverage, load_regressor,
                         sample_gaussian, standard_deviation)
-from model import SHAPES, CausalLM, Config, init_weights, load_pretrained, save_pretrained
+from model import SHAPES, CausalLM
 
 BLOCKS = 2
-
-
-@pytest.fixture(scope="session")
-def chatty(tmp_path_factory):
-    """Directory of a two-block Qwen2 of random weights whose tokenizer knows ChatML."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    directory = tmp_path_factory.mktemp("chatty") / "base"
-    torch.manual_seed(3)
-    model = CausalLM(Config("qwen2", tokenizer.get_vocab_size(), 48, 80, 2, 4, 2, 12, 1e-6, tie_word_embeddings=True, eos_token_id=256))
-    init_weights(model)
-    for layer in model.model.layers:                          # biases and norms that matter
-        for p in (layer.self_attn.q_proj.bias, layer.self_attn.k_proj.bias, layer.self_attn.v_proj.bias):
-            p.data.normal_(0, 0.5)
-        layer.input_layernorm.weight.data.uniform_(0.5, 2)
-    save_pretrained(model, directory)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
 
 
 def settings_of(base, **changes):

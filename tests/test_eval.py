@@ -9,7 +9,6 @@ import torch
 import data_arxiv
 import eval as nano_eval
 import train_lm
-from conftest import ROOT
 from model import load_pretrained, load_tokenizer
 
 

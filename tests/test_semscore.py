@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import data_arxiv
 import eval as nano_eval
-from model import load_pretrained, load_tokenizer
+from model import load_tokenizer
 
 
 def save_tokenizer(directory, special, texts):

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 import connectors
 import data_lightcone
 import train_l3m
-from conftest import ROOT
-from test_connectors import chatty, naive_hidden  # noqa: F401 (a fixture)
-from test_train_lm import kill_tree
+from conftest import ROOT, kill_tree
+from test_connectors import naive_hidden
 
 SCRIPT = str(ROOT / "train_l3m.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

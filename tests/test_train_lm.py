@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import data_arxiv
 import train_lm
-from conftest import ROOT
+from conftest import ROOT, kill_tree
 from model import load_pretrained, load_tokenizer
 
 SCRIPT = str(ROOT / "train_lm.py")
@@ -130,18 +130,6 @@ def test_same_as_peft(tiny, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- stopped and resumed
-
-
-def kill_tree(process):
-    import psutil
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for p in family:
-        try:
-            p.kill()
-        except psutil.NoSuchProcess:
-            pass
-    process.wait()
-    psutil.wait_procs(family, timeout=20)
 
 
 def test_kill_9_and_resume(tiny, undisturbed, tmp_path):
