@@ -1408,7 +1408,7 @@ def draw_parameters(methods, y, path, bins=10):
         for ax in (above, below):
             ax.grid(alpha=0.3)
     handles = [sum(h, []) for h in zip(*(ax.get_legend_handles_labels() for ax in (above, below)))]
-    fig.legend(*handles, loc="outside upper center", ncols=min(6, len(methods)), fontsize=9)
+    fig.legend(*handles, loc="outside upper center", ncols=min(4, len(methods)), fontsize=9)
     save_figure(fig, path)
 
 
