@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")           # before torch: waiting threads that spin make a busy CPU ten times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")           # before torch: threads that spin for long make a busy CPU ten times slower,
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")               # threads that never spin a quiet one by a quarter
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file

@@ -48,7 +48,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # as train_lm.py does; the peer's processes inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # as train_lm.py does; the peer's processes inherit both
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                 # no peer shall ask the hub for anything
 import numpy as np
 from tqdm import tqdm
