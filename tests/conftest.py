@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # as train_lm.py does, and why
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
