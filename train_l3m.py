@@ -529,11 +529,11 @@ def generate_demo(args):
     out = Path(args.out or "out/demo-generate")
     shutil.rmtree(out, ignore_errors=True)
     store, script, evaluation = out / "lightcones.h5", Path(__file__).resolve(), Path(__file__).resolve().with_name("eval.py")
-    print("1. 40 lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
-    data_lightcone.simulate(store, 40, sky=16, tau_sigma=1e9, max_x_hi=1.0)
+    print("1. 100 lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
+    data_lightcone.simulate(store, 100, sky=16, tau_sigma=1e9, max_x_hi=1.0)
     print("2. The small reference network, trained from scratch for two minutes: structure shows, the paper's quality takes a GPU and days", flush=True)
-    subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "16", "--max-steps", "100", "--epochs", "3",
-                    "--lr", "1e-3", "--dropout", "0", "--eval-samples", "64", "--validate-every", "0.5", "--out", out / "small"], check=True)
+    subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "16", "--max-steps", "120", "--epochs", "2",
+                    "--lr", "1e-3", "--dropout", "0", "--eval-samples", "64", "--validate-every", "0.3", "--out", out / "small"], check=True)
     print("3. Test lightcones, continued from their first slices", flush=True)
     subprocess.run([sys.executable, evaluation, "generate", out / "small"], check=True)
     print(f"Everything is in {out}. Next: your own lightcones and a pretrained backbone, see README.md")

@@ -376,7 +376,7 @@ def measure_generation(variant, o):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=list(VARIANTS))
+    p.add_argument("what", nargs="?", choices=list(VARIANTS), default="regress")
     p.add_argument("--shape", default="smollm2-135m", help="smollm2-135m or qwen2.5-0.5b; training and generation: also small and large")
     p.add_argument("--run", help="generation: a run of train_l3m.py generate, its weights and test lightcones")
     p.add_argument("--blocks", type=int, help="of the shape (default: 6; training and generation 8)")

@@ -528,3 +528,16 @@ def test_generation_refusals(chatty, tiny, store, tmp_path, capfd):  # noqa: F81
     assert "it has neither --blocks nor --tune lora" in error("--init", "small", "--blocks", "2")
     assert "--rank is of the adapters" in error("--tune", "full", "--rank", "2")
     assert "--rank must be at least 1" in error("--rank", "0") and "--validate-every above 0" in error("--validate-every", "0")
+
+
+def test_generation_demo(tmp_path, monkeypatch, capfd):
+    """The demo's path with fewer lightcones and steps; as it is, it takes minutes."""
+    simulate, call = data_lightcone.simulate, subprocess.run
+    monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 20, **how))
+    monkeypatch.setattr(train_l3m.subprocess, "run", lambda command, **how: call(
+        [*map(str, command), *(["--max-steps", "3", "--eval-samples", "8"] if "--lr" in command else ["--redshifts", "12", "--slices", "2"])], **how))
+    train_l3m.main(["generate", "--demo", "--out", str(tmp_path / "demo")])
+    printed = capfd.readouterr().out
+    for part in ("a stand-in, not 21cmFAST", "2,124,673 trained parameters", "z = 12", "Everything is in"):
+        assert part in printed
+    assert list((tmp_path / "demo" / "small").glob("*slices*.png")) and (tmp_path / "demo" / "small" / "model.safetensors").exists()
