@@ -1728,6 +1728,7 @@ def next_patch(args):
 def draw_positions(methods, path):
     """Above: next-patch error by position on the sky, a map for each group of runs and for the copy, lines between patches; below: by slice."""
     plt = pyplot()
+    from matplotlib.colors import LogNorm
     shown = methods[:-1]                                      # noise has no structure
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -1737,14 +1738,14 @@ def draw_positions(methods, path):
     low, high = min(m["map"].min() for m in shown), max(np.quantile(m["map"], 0.99) for m in shown)
     for ax, m in zip(axes.flat, shown):
         sky = len(m["map"])
-        image = ax.imshow(m["map"], cmap="viridis", vmin=low, vmax=high, extent=(0, sky, sky, 0))
+        image = ax.imshow(m["map"], cmap="viridis", norm=LogNorm(low, high), extent=(0, sky, sky, 0))
         for edge in range(m["patch"], sky, m["patch"]):
             ax.axhline(edge, color="w", lw=0.4)
             ax.axvline(edge, color="w", lw=0.4)
         ax.set_title(m["name"], fontsize=9)
     for ax in axes.flat:
         ax.axis("off")
-    above.colorbar(image, ax=axes, label="squared error, normalised units", extend="max")
+    above.colorbar(image, ax=axes, label="mean squared error", extend="max")
     ax = below.subplots()
     for m in methods:
         by_slice = m["errors"][1]
@@ -1820,9 +1821,9 @@ def generate(args):
                     "slices": np.repeat(truth[:, None, args.context - 1:args.context], args.slices, 2)})
     out = report_path(args)
     with open_store(test.path) as f:
-        rows, z = f["parameters"], f["redshifts"]
-        arrays = {"row": [row for _, row, _ in starts], "start": [t for _, _, t in starts], "parameters": [rows[row] for _, row, _ in starts],
-                  "redshifts": [z[row, t:t + args.context + args.slices] for _, row, t in starts], "truth": truth}
+        arrays = {"row": np.array([row for _, row, _ in starts]), "start": np.array([t for _, _, t in starts]), "truth": truth,
+                  "parameters": np.array([f["parameters"][row] for _, row, _ in starts]),
+                  "redshifts": np.array([f["redshifts"][row, t:t + truth.shape[1]] for _, row, t in starts])}
     with data_arxiv.replacing(f"{out}.npz") as file:
         np.savez(file, **arrays, **{f"generated {m['name']}": m["slices"] for m in methods if m["runs"]})
     print(f"written: {out}.npz")
@@ -1836,9 +1837,11 @@ def generate(args):
     print_slices(report)
     write_json(f"{out}.json", report)
     draw_statistics(panels, methods, f"{out}-statistics.png")
-    for number, row in enumerate(list(dict.fromkeys(arrays["row"]))[:args.figures], 1):
-        draw_slices(methods, truth, starts, row, args, f"{out}-slices-{number}.png")
-        draw_sections(methods, truth, starts, row, args, f"{out}-sections-{number}.png")
+    rows, counts = np.unique(arrays["row"], return_counts=True)
+    for number, row in enumerate(rows[np.argsort(-counts, kind="stable")][:args.figures], 1):          # those that are continued at most redshifts
+        here = np.flatnonzero(arrays["row"] == row)
+        draw_slices(methods, truth, arrays["redshifts"], here, f"{out}-slices-{number}.png")
+        draw_sections(methods, truth, arrays["redshifts"], here, f"{out}-sections-{number}.png")
 
 
 def compare_slices(redshift, methods, here, cell):
@@ -1902,8 +1905,13 @@ def draw_statistics(panels, methods, path):
                 ratio, low, high = power_ratio(f["power"], true)
                 shift = 1.03 ** (i - len(methods) / 2)                                  # so that intervals do not hide each other
                 middle.errorbar(k * shift, ratio, [ratio - low, high - ratio], **m["look"], marker=".", capsize=2, lw=1)
-        above.set(xscale="log", yscale="log", title=f"z = {panel['redshift']:g}, {panel['lightcones']} lightcones")
-        middle.set(xscale="log", yscale="log", xlabel=r"$k_\perp$ [Mpc$^{-1}$]")
+        for ax in (above, middle):
+            ax.set(xscale="log", yscale="log")
+            ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if k[0] <= t <= k[-1]]
+            ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            ax.set_xticks([], minor=True)
+        above.set_title(f"from z = {panel['redshift']:g} (lightcones: {panel['lightcones']})", fontsize=10)
+        middle.set_xlabel(r"$k_\perp$ [Mpc$^{-1}$]")
         top = max(f["density"].mean(0).max() for f in panel["found"])
         below.set(yscale="log", ylim=(top * 1e-4, top * 2), xlabel="$T_b$ [mK]")
         for ax in (above, middle, below):
@@ -1914,58 +1922,55 @@ def draw_statistics(panels, methods, path):
     save_figure(fig, path)
 
 
-def pictures(methods, i, samples=2):
-    """What to draw of start i: (name, slices (n, X, Y)) of the truth and of up to two samples of each group of runs."""
-    shown = [(m["name"], m["slices"][i, k]) for m in methods[:-1] for k in range(min(samples, m["slices"].shape[1]))]
+def pictures(methods, i):
+    """What to draw of start i: [(name, slices (n, X, Y))], the truth and up to two samples (of the first runs) of each group."""
+    shown = [(m["name"] + (f" ({k + 1})" if m["slices"].shape[1] > 1 else ""), m["slices"][i, k]) for m in methods[:-1] for k in range(min(2, m["slices"].shape[1]))]
     return [(name, cube.astype(np.float32)) for name, cube in shown]
 
 
-def temperature_scale(truth):
-    """Colours of T_b, black at zero, over the range of the true slices."""
+def draw_temperature(fig, axes, images, truth, aspect="equal"):
+    """Images of T_b, one on each of the axes, in the colours of the field, black at zero, over the range of the true slices; and their colour bar."""
     from matplotlib.colors import TwoSlopeNorm
     low, high = np.quantile(truth.astype(np.float32), [0.001, 0.999])
-    return {"cmap": eor_colours(), "norm": TwoSlopeNorm(0, min(low, -1), max(high, 1)), "interpolation": "nearest"}
+    scale = TwoSlopeNorm(0, min(low, -20), max(high, 20))
+    for ax, image in zip(axes.flat, images):
+        drawn = ax.imshow(image, cmap=eor_colours(), norm=scale, interpolation="nearest", aspect=aspect)
+        ax.set(xticks=[], yticks=[])
+    fig.colorbar(drawn, ax=axes, label="$T_b$ [mK]", location="bottom", extend="both", aspect=30, ticks=np.fix([scale.vmin, scale.vmin / 2, 0, scale.vmax]))
 
 
-def draw_slices(methods, truth, starts, row, args, path):
-    """One lightcone: the last given slice, the first, the middle and the last generated one from each redshift on; above the true ones."""
+def draw_slices(methods, truth, z, here, path):
+    """One lightcone at its starts `here`: the last given slice, the first, the middle and the last generated one; above the true ones.
+
+    truth (N, S + n, X, Y), z (N, S + n): of all starts."""
     plt = pyplot()
-    here = [i for i, (_, r, _) in enumerate(starts) if r == row]
-    lines = len(pictures(methods, here[0]))
-    which = sorted({0, args.slices // 2, args.slices - 1})
-    fig = plt.figure(figsize=(1 + 1.25 * len(here) * (1 + len(which)), 1.2 + 1.3 * lines), layout="constrained")
+    n = methods[0]["slices"].shape[2]
+    S, which, names = truth.shape[1] - n, sorted({0, n // 2, n - 1}), [name for name, _ in pictures(methods, here[0])]
+    fig = plt.figure(figsize=(1 + 1.25 * len(here) * (1 + len(which)), 1.3 + 1.25 * len(names)), layout="constrained")
     for part, i in zip(np.atleast_1d(fig.subfigures(1, len(here))), here):
-        axes, scale = part.subplots(lines, 1 + len(which), squeeze=False), temperature_scale(truth[i])
-        for line, (name, cube) in zip(axes, pictures(methods, i)):
-            for ax, s in zip(line, (None, *which)):
-                image = ax.imshow(truth[i, args.context - 1].astype(np.float32) if s is None else cube[s], **scale)
-                ax.set(xticks=[], yticks=[])
-                if line is axes[0]:
-                    ax.set_title("given" if s is None else f"slice {s + 1}", fontsize=8)
-            if i == here[0]:
-                line[0].set_ylabel(name, fontsize=8)
-        part.colorbar(image, ax=axes, label="$T_b$ [mK]", location="bottom", extend="both", aspect=30)
-        part.suptitle(f"from z = {starts[i][0]:g}", fontsize=10)
+        axes = part.subplots(len(names), 1 + len(which), squeeze=False)
+        draw_temperature(part, axes, (image for _, cube in pictures(methods, i) for image in (truth[i, S - 1].astype(np.float32), *cube[which])), truth[i])
+        for ax, s in zip(axes[0], (-1, *which)):
+            ax.set_title(("given" if s < 0 else f"slice {s + 1}") + f"\nz = {z[i, S + s]:.2f}", fontsize=8)
+        for ax, name in zip(axes[:, 0], names if i == here[0] else ()):
+            ax.set_ylabel(name, fontsize=8)
     save_figure(fig, path)
 
 
-def draw_sections(methods, truth, starts, row, args, path):
-    """One lightcone: sections along the line of sight, given slices left of the white line, true and generated ones right of it."""
+def draw_sections(methods, truth, z, here, path):
+    """One lightcone at its starts `here`: sections along the line of sight, given slices left of the green line, true or generated ones right of it."""
     plt = pyplot()
-    here = [i for i, (_, r, _) in enumerate(starts) if r == row]
-    lines = len(pictures(methods, here[0]))
-    fig, axes = plt.subplots(lines, len(here), figsize=(1.5 + 3 * len(here), 1.2 + 1.5 * lines), squeeze=False, layout="constrained")
+    S, names = truth.shape[1] - methods[0]["slices"].shape[2], [name for name, _ in pictures(methods, here[0])]
+    fig, axes = plt.subplots(len(names), len(here), figsize=(1.5 + 3 * len(here), 1.2 + 1.3 * len(names)), squeeze=False, layout="constrained")
     for column, i in zip(axes.T, here):
-        for ax, (name, cube) in zip(column, pictures(methods, i)):
-            section = np.concatenate((truth[i, :args.context], cube))[:, 0]             # (context + n, Y)
-            image = ax.imshow(section.T.astype(np.float32), aspect="auto", **temperature_scale(truth[i]))
-            ax.axvline(args.context - 0.5, color="w", lw=1)
-            ax.set(yticks=[])
-            if column is axes.T[0]:
-                ax.set_ylabel(name, fontsize=8)
-        column[0].set_title(f"from z = {starts[i][0]:g}", fontsize=10)
-        column[-1].set_xlabel("slice (time runs to the right)")
-        fig.colorbar(image, ax=column, label="$T_b$ [mK]", location="bottom", extend="both", aspect=30)
+        sections = (np.concatenate((truth[i, :S], cube))[:, 0].T.astype(np.float32) for _, cube in pictures(methods, i))          # (Y, S + n)
+        draw_temperature(fig, column, sections, truth[i], "auto")
+        for ax, name in zip(column, names):
+            ax.axvline(S - 0.5, color=COLOURS[3], lw=2)
+            ax.set_ylabel(name if i == here[0] else None, fontsize=8)
+        at = [0, S, z.shape[1] - 1]
+        column[-1].set_xticks(at, [f"{z[i, s]:.1f}" for s in at])
+        column[-1].set_xlabel("redshift (time runs to the right)", fontsize=9)
     save_figure(fig, path)
 
 
