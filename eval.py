@@ -1735,7 +1735,8 @@ def draw_positions(methods, path):
     fig = plt.figure(figsize=(max(7, 2.6 * columns), 2.7 * rows + 3.2), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=[2.7 * rows, 3.2])
     axes = above.subplots(rows, columns, squeeze=False)
-    low, high = min(m["map"].min() for m in shown), max(np.quantile(m["map"], 0.99) for m in shown)
+    high = max(np.quantile(m["map"], 0.99) for m in shown)
+    low = max(min(m["map"].min() for m in shown), high / 1000)
     for ax, m in zip(axes.flat, shown):
         sky = len(m["map"])
         image = ax.imshow(m["map"], cmap="viridis", norm=LogNorm(low, high), extent=(0, sky, sky, 0))
@@ -1794,9 +1795,9 @@ def continue_lightcones(generator, slices, conditions, seeds, bins, args, device
     """Generated slices in mK: context (N, S, X, Y) normalised, conditions (N, 7) -> (N, samples, --slices, X, Y) float16."""
     result = np.empty((len(slices), args.samples, args.slices, *slices.shape[2:]), np.float16)
     for part in torch.arange(len(slices)).split(args.batch_size):
-        run = generator.generate(slices[part].to(device), conditions[part].to(device), args.slices, bins, [seeds[i] for i in part], args.samples,
-                                 slide=args.slide, method=args.method, steps=args.steps)
-        for s, new in enumerate(run):
+        going = generator.generate(slices[part].to(device), conditions[part].to(device), args.slices, bins, [seeds[i] for i in part], args.samples,
+                                   slide=args.slide, method=args.method, steps=args.steps)
+        for s, new in enumerate(going):
             result[part.numpy(), :, s] = denormalise(new).clamp(-6e4, 6e4).cpu()        # float16 ends at 65504
             bar.update(len(part) * args.samples)
     return result
@@ -1808,11 +1809,9 @@ def generate(args):
     if args.context < CONTEXT or args.samples < 1:
         raise ValueError(f"--context must be at least {CONTEXT}, --samples at least 1")
     starts, cell = choose_starts(test, args)
-    read = [test.read(row, t, args.context + args.slices) for _, row, t in starts]
-    slices, conditions = (torch.stack(x) for x in zip(*read))
+    slices, conditions = (torch.stack(x) for x in zip(*(test.read(row, t, args.context + args.slices) for _, row, t in starts)))
     seeds, truth = [draw_seed(args.seed, row, t) for _, row, t in starts], denormalise(slices).numpy().astype(np.float16)
-    true = truth[:, None, args.context:]                                                # (N, 1, n, X, Y)
-    methods = [{"name": "truth", "runs": [], "look": {"color": "k", "ls": "-"}, "slices": true}]
+    methods = [{"name": "truth", "runs": [], "look": {"color": "k", "ls": "-"}, "slices": truth[:, None, args.context:]}]               # (N, 1, n, X, Y)
     with tqdm(total=len(starts) * args.samples * args.slices * len(args.runs), desc="slices", unit="slice", dynamic_ncols=True) as bar:
         for name, members in groups.items():
             made = [continue_lightcones(load_generator(run, device), slices[:, :args.context], conditions, seeds, test.T, args, device, bar) for run, _ in members]
@@ -1860,21 +1859,23 @@ def compare_slices(redshift, methods, here, cell):
 
 
 def power_ratio(power, true, resamples=2000, seed=0):
-    """Power over true power (m, K), each a mean over lightcones, with its 95% bootstrap interval over lightcones: three arrays (K,)."""
+    """Power over true power (m, K), each a mean over lightcones, with its 95% bootstrap interval over lightcones: three arrays (K,), not finite where the
+    true slices do not fluctuate."""
     m = len(power)
     weights = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), resamples)      # (resamples, m): how often each lightcone was drawn
-    return power.mean(0) / true.mean(0), *np.quantile(weights @ power / (weights @ true), [0.025, 0.975], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return power.mean(0) / true.mean(0), *np.quantile(weights @ power / (weights @ true), [0.025, 0.975], axis=0)
 
 
 def statistics_report(panel, methods):
     """What the JSON says of one redshift."""
     rows, true = [], panel["found"][0]
     for m, f in zip(methods, panel["found"]):
-        ratio, low, high = power_ratio(f["power"], true["power"])
-        within = np.abs(np.log2(f["power"] / true["power"])) <= 1                       # (m, K)
-        rows.append({"name": m["name"], "runs": m["runs"], "power": f["power"].mean(0).tolist(), "ratio": ratio.tolist(), "low": low.tolist(),
-                     "high": high.tolist(), "within a factor 2": (np.abs(np.log2(ratio)) <= 1).tolist(), "share of lightcones within": within.mean(0).tolist(),
-                     "mean": float(f["mean"].mean()), "std": float(f["std"].mean())})
+        intervals = zip(("ratio", "low", "high"), power_ratio(f["power"], true["power"]))
+        row = {"name": m["name"], "runs": m["runs"], "power": f["power"].mean(0).tolist(), "mean": float(f["mean"].mean()), "std": float(f["std"].mean()),
+               **{k: [v if math.isfinite(v) else None for v in values.tolist()] for k, values in intervals}}
+        within = (true["power"] / 2 <= f["power"]) & (f["power"] <= 2 * true["power"])  # (m, K)
+        rows.append(row | {"within a factor 2": [r is not None and 0.5 <= r <= 2 for r in row["ratio"]], "share of lightcones within": within.mean(0).tolist()})
     return {"z": panel["redshift"], "lightcones": panel["lightcones"], "k": panel["k"].tolist(), "methods": rows}
 
 
@@ -1884,7 +1885,7 @@ def print_slices(report):
         print_table(f"{report['slices']} slices from z = {panel['z']:g} on, {panel['lightcones']} lightcones: generated over true power by k [1/Mpc] "
                     "(*: not within a factor 2), T_b [mK]",
                     ["", *(f"{k:.2g}" for k in panel["k"]), "within", "mean T_b", "std"],
-                    [[r["name"], *(f"{ratio:.2f}{' ' if good else '*'}" if i else "- " for ratio, good in zip(r["ratio"], r["within a factor 2"])),
+                    [[r["name"], *("- " if ratio is None or not i else f"{ratio:.2f}{' ' if good else '*'}" for ratio, good in zip(r["ratio"], r["within a factor 2"])),
                       f"{sum(r['within a factor 2'])}/{len(panel['k'])}" if i else "-", f"{r['mean']:.1f}", f"{r['std']:.1f}"]
                      for i, r in enumerate(panel["methods"])])
 
