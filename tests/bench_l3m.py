@@ -13,7 +13,7 @@ regress: connectors to a frozen random backbone with the chat prompt, two update
 - careful: gradients only where something is trained or lies on the way to it, none through the backbone in the second update
 training: a step of the generator (forward, backward, clipping, AdamW). plain: Qwen2Model under autocast with peft's adapters, convolutions as torch has them
 generation: slices after 2 of context, one slide of the window. plain: Qwen2Model with transformers' DynamicCache, each sample a row of its own; torchdiffeq's dopri5 on
-the whole batch, the condition among the network's inputs at each evaluation
+the whole batch, the condition among the network's inputs at each evaluation. plain, no cache: the whole sequence anew for each patch
 - ours: the code of train_l3m.py and connectors.py as it is; ours, checkpointed: with --checkpoint-activations
 Each measurement is a process of its own, in turn, --rounds times; the medians are over all steps but the first of each. Seconds are of CPU time in one thread on a
 CPU (so a busy machine matters less), of the clock on a GPU. Memory is the peak of the process on a CPU, also less what it had before the model, and of the allocator
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-VARIANTS = {"regress": ("naive", "careful", "ours", "ours, checkpointed"), "training": ("plain", "ours", "ours, checkpointed"), "generation": ("plain", "ours")}
+VARIANTS = {"regress": ("naive", "careful", "ours", "ours, checkpointed"), "training": ("plain", "ours", "ours, checkpointed"), "generation": ("plain, no cache", "plain", "ours")}
 BATCH, BLOCKS = {"regress": 64, "training": 16, "generation": 4}, {"regress": 6, "training": 8, "generation": 8}
 
 
@@ -342,11 +342,11 @@ def measure_generation(variant, o):
         with torch.no_grad():
             held, given = slices.repeat_interleave(o.samples, 0), conditions.repeat_interleave(o.samples, 0)
             draws = [torch.Generator().manual_seed(connectors.seed_of(seed, k)) for seed in range(o.batch) for k in range(o.samples)]
-            first, cache, new = 0, None, []
+            first, new = 0, []
             for s in range(2, 2 + n):
-                if cache is None or s - first == window:
-                    drop = 0 if cache is None else slide
-                    first, held, cache = first + drop, held[:, drop:], DynamicCache()
+                if s == 2 or s - first == window:
+                    drop = 0 if s == 2 else slide
+                    first, held, cache = first + drop, held[:, drop:], DynamicCache() if variant == "plain" else None
                     pending, _ = model.embed(held, given + given.new_tensor([0] * 6 + [first / bins]))
                 noise = torch.stack([torch.randn((sky // p) ** 2, 1, p, p, generator=g) for g in draws]).to(device)
                 done = torch.empty(len(draws), sky, sky, device=device)
@@ -362,7 +362,7 @@ def measure_generation(variant, o):
                     done[:, r * p:(r + 1) * p, k * p:(k + 1) * p] = x[:, 0]
                     after = [model.patch(x.flatten(1))[:, None]]
                     after += [model.row_end.expand(len(x), 1, -1)] * (k + 1 == sky // p) + [model.slice_end.expand(len(x), 1, -1)] * (i + 1 == (sky // p) ** 2)
-                    pending = torch.cat(after, dim=1)
+                    pending = torch.cat((pending, *after) if cache is None else after, dim=1)
                 held = torch.cat((held, done[:, None]), dim=1)
                 new.append(done)
         clock()
