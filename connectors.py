@@ -9,11 +9,20 @@ the same kind, trained from scratch.
     mean, L = regressor(signals)                                        # (B, 47) normalised -> (B, 6) in [0, 1], (B, 6, 6): precision = L L^T
     samples = sample_gaussian(mean, L, 50)                              # (50, B, 6)
 
-Shapes: B lightcones, T tokens, hidden size C, 6 parameters.
+Generation: slices of a lightcone become a row of patches, each a vector through one affine layer, after a prompt that holds the six parameters and the index of the
+first slice. The final hidden state before a patch, through another affine layer, conditions a small velocity network (flow.py), which draws the patch. Here adapters
+(LoRA) and norms of the backbone, or all of it, are trained with the connectors.
+
+    generator = load_generator("out/generate-pretrained-seed0")         # what train_l3m.py generate wrote
+    loss = generator(slices, conditions).mean()                         # (B, 12, X, Y) normalised, (B, 7), as SubLightcones returns them
+    for s in generator.generate(slices[:, :2], conditions, 100, bins=2350, seeds=range(B)):  # (B, 1, X, Y), slice after slice
+
+Shapes: B lightcones, T tokens, hidden size C, 6 parameters; S slices of X x Y cells, R x K patches of p x p cells each, L = R (K + 1) + 1 tokens a slice.
 """
 import json
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,11 +60,12 @@ def encode_words(base, pieces):
     if not words:
         return {}
     if base in SHAPES:
-        raise ValueError(f"{base} is a shape without a tokenizer: a chat prompt needs a model directory or hub id as --base; or use --prompt minimal")
+        raise ValueError(f"{base} is a shape without a tokenizer: a prompt with words needs a model directory or hub id as --base; "
+                         "to regress without words, use --prompt minimal")
     tokenizer = load_tokenizer(base)
     if missing := [t for t in ("<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]:
-        raise ValueError(f"{base} does not know {' and '.join(missing)}, the words of a ChatML prompt: use --prompt minimal, "
-                         "or a base such as Qwen/Qwen2.5-0.5B-Instruct")
+        raise ValueError(f"{base} does not know {' and '.join(missing)}, the words of a ChatML prompt: take a base such as Qwen/Qwen2.5-0.5B-Instruct; "
+                         "to regress without words, use --prompt minimal")
     return {piece: torch.tensor(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in words}
 
 
@@ -251,24 +261,24 @@ def build_regressor(settings, device="cpu", dtype=None):
     return regressor.to(device).eval()
 
 
-def load_regressor(run_directory, device="cpu", dtype=None):
-    """A directory that train_l3m.py regress wrote -> Regressor in eval mode with the weights of the best validation; its settings: `.settings`.
+def load_run(run_directory, experiment, build, device, dtype):
+    """A directory that train_l3m.py `experiment` wrote -> build(settings, device, dtype) with the weights of the best validation; its settings: `.settings`.
 
     Raises ValueError if the directory holds no such run, none that has been validated yet, or if base and weights do not fit each other."""
     config, weights = Path(run_directory) / "config.json", Path(run_directory) / "model.safetensors"
     if not config.exists():
-        raise ValueError(f"{run_directory} holds no run: {config.name} is missing; train one with train_l3m.py regress")
+        raise ValueError(f"{run_directory} holds no run: {config.name} is missing; train one with train_l3m.py {experiment}")
     try:
         settings = json.loads(config.read_text())["settings"]
-        experiment = settings["experiment"]
+        found = settings["experiment"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{config} cannot be read ({e!r}); is {run_directory} a run of train_l3m.py?") from None
-    if experiment != "regress":
-        raise ValueError(f"{run_directory} is a run of train_l3m.py {experiment}, not of regress")
+    if found != experiment:
+        raise ValueError(f"{run_directory} is a run of train_l3m.py {found}, not of {experiment}")
     if not weights.exists():
-        raise ValueError(f"{run_directory} has no {weights.name} yet: go on with train_l3m.py regress --resume")
-    regressor = build_regressor(settings, device, dtype)
-    named = regressor.trained()
+        raise ValueError(f"{run_directory} has no {weights.name} yet: go on with train_l3m.py {experiment} --resume")
+    model = build(settings, device, dtype)
+    named = model.trained()
     try:
         with safe_open(weights, framework="pt") as f:
             tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
@@ -277,26 +287,23 @@ def load_regressor(run_directory, device="cpu", dtype=None):
     shapes, expected = ({name: tuple(t.shape) for name, t in d.items()} for d in (tensors, named))
     if shapes != expected:
         wrong = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
-        raise ValueError(f"{weights} does not fit its backbone (hidden size {regressor.backbone.config.hidden_size}): "
+        raise ValueError(f"{weights} does not fit its backbone (hidden size {model.backbone.config.hidden_size}): "
                          + "; ".join(f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in wrong[:3]))
-    if metadata.get("fingerprint", str(regressor.fingerprint)) != str(regressor.fingerprint):
+    if metadata.get("fingerprint", str(model.fingerprint)) != str(model.fingerprint):
         raise ValueError(f"{run_directory} was trained with another backbone than {settings['base']} now gives: its files, or torch's random numbers, have changed")
     with torch.no_grad():
         for name, p in named.items():
             p.copy_(tensors[name])
-    return regressor
+    return model
+
+
+def load_regressor(run_directory, device="cpu", dtype=None):
+    """What train_l3m.py regress wrote -> Regressor in eval mode. Raises ValueError as load_run does."""
+    return load_run(run_directory, "regress", build_regressor, device, dtype)
 
 
 # ======================================================================================================== generation
-# Slices of a lightcone, patch after patch. A slice is cut into patches, each becomes a vector of the hidden size; a new-line token follows each row of patches and
-# another kind each slice. The prompt before them holds the six parameters and the index of the first slice. The final hidden state of the token before a patch, through
-# the output connector, conditions a velocity network (flow.py) that draws the patch.
-#
-#     generator = load_generator("out/generate-pretrained-seed0")            # what train_l3m.py generate wrote
-#     loss = generator(slices, conditions).mean()                            # (B, 12, X, Y) normalised, (B, 7), as SubLightcones returns them
-#     for s in generator.generate(slices[:, :2], conditions, 100, bins=2350, seeds=range(B)):  # (B, 1, X, Y), slice after slice
-#
-# Shapes: S slices of X x Y cells, R x K patches of p x p cells each, L = R (K + 1) + 1 tokens a slice.
+# The sequence: the prompt, then slice after slice its patches, row by row, with a new-line token after each row of patches and another kind after each slice.
 
 CONDITIONS = "conditions"                                     # stands for the vectors of the parameters and the index
 ROW_END, SLICE_END = "<|row-newline-token|>", "<|slice-newline-token|>"
@@ -362,7 +369,7 @@ class Generator(nn.Module):
     def hidden(self, embeds, **context):
         """The backbone, in its dtype: embeds (B, T, C) -> final hidden states (B, T, C) float32. Trained float32 matrices are cast at each call."""
         cast = self.backbone.layers[0].mlp.up_proj.weight.dtype != self.dtype
-        with torch.autocast(embeds.device.type, self.dtype, enabled=cast):
+        with torch.autocast(embeds.device.type, self.dtype) if cast else nullcontext():
             return self.backbone(embeds=embeds.to(self.dtype), **context)
 
     def head(self, hidden):
@@ -387,6 +394,17 @@ class Generator(nn.Module):
         x = patch(slices[:, CONTEXT:], self.p).reshape(-1, 1, self.p, self.p)                   # (B, S - 2, R, K, p*p) -> (N, 1, p, p)
         losses = cfm_loss(self.velocity, x, cond, None if noise is None else noise.reshape(x.shape), None if t is None else t.flatten())
         return losses.view(len(slices), -1).mean(1)                                             # (N,) -> (B, (S - 2)*R*K) -> (B,)
+
+    def draw(self, data, keys):
+        """What `forward` needs of the sublightcones `keys`, pairs (epoch, i), of a SubLightcones: slices (n, 12, X, Y), conditions (n, 7), noise (n, 10, R*K, p, p)
+        and times (n, 10, R*K), on the CPU. Each depends on the split and its own key alone, not on the batch it is in."""
+        drawn, p = [], self.p
+        for key in keys:
+            slices, conditions = data[key]
+            patches = (len(slices) - CONTEXT, slices[0].numel() // p**2)
+            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([data.split == "train", *key]).generate_state(1)[0]))
+            drawn.append((slices, conditions, torch.randn(*patches, p, p, generator=generator), torch.rand(patches, generator=generator)))
+        return [torch.stack(column) for column in zip(*drawn)]
 
     @torch.no_grad()
     def generate(self, slices, conditions, n, bins, seeds, samples=1, window=12, slide=6, **solver):
@@ -453,6 +471,8 @@ def build_generator(settings, device="cpu", dtype=None):
 
     What is random depends on the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device. dtype: what the backbone computes in, default settings["dtype"].
     Raises ValueError for a base that cannot be loaded or does not know the words of the prompt."""
+    # The velocity network is float32. By default a GPU rounds what its convolutions multiply to 10 bits, an error as large as the sampler's tolerance.
+    torch.backends.cudnn.allow_tf32 = False
     init, tune, stored = settings["init"], settings["tune"], getattr(torch, settings["dtype"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(settings["seed"], 0))
@@ -476,38 +496,8 @@ def build_generator(settings, device="cpu", dtype=None):
 
 
 def load_generator(run_directory, device="cpu", dtype=None):
-    """A directory that train_l3m.py generate wrote -> Generator in eval mode with the weights of the best validation; its settings: `.settings`.
-
-    Raises ValueError if the directory holds no such run, none that has been validated yet, or if base and weights do not fit each other."""
-    config, weights = Path(run_directory) / "config.json", Path(run_directory) / "model.safetensors"
-    if not config.exists():
-        raise ValueError(f"{run_directory} holds no run: {config.name} is missing; train one with train_l3m.py generate")
-    try:
-        settings = json.loads(config.read_text())["settings"]
-        experiment = settings["experiment"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{config} cannot be read ({e!r}); is {run_directory} a run of train_l3m.py?") from None
-    if experiment != "generate":
-        raise ValueError(f"{run_directory} is a run of train_l3m.py {experiment}, not of generate")
-    if not weights.exists():
-        raise ValueError(f"{run_directory} has no {weights.name} yet: go on with train_l3m.py generate --resume")
-    generator = build_generator(settings, device, dtype)
-    named = generator.trained()
-    try:
-        with safe_open(weights, framework="pt") as f:
-            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{weights} is damaged ({e})") from None
-    shapes, expected = ({name: tuple(t.shape) for name, t in d.items()} for d in (tensors, named))
-    if shapes != expected:
-        wrong = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
-        raise ValueError(f"{weights} does not fit its backbone (hidden size {generator.backbone.config.hidden_size}): "
-                         + "; ".join(f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in wrong[:3]))
-    if metadata.get("fingerprint", str(generator.fingerprint)) != str(generator.fingerprint):
-        raise ValueError(f"{run_directory} was trained with another backbone than {settings['base']} now gives: its files, or torch's random numbers, have changed")
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(tensors[name])
+    """What train_l3m.py generate wrote -> Generator in eval mode. Raises ValueError as load_run does."""
+    generator = load_run(run_directory, "generate", build_generator, device, dtype)
     for module in generator.backbone.modules():               # trained matrices are cast once and for all, not at each of thousands of calls
         if isinstance(module, nn.Linear):
             module.to(generator.dtype)

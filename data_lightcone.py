@@ -54,6 +54,8 @@ from tqdm import tqdm
 
 PARAMETERS = ("m_WDM", "Om", "log10_L_X", "E_0", "log10_T_vir", "zeta")                             # the order everywhere
 PRIORS = np.array([[0.3, 10], [0.2, 0.4], [38, 42], [100, 1500], [4.0, 5.3], [10, 250]])            # (6, 2), uniform between the two
+SYMBOLS = [r"$m_{\rm WDM}$", r"$\Omega_m$", r"$\log_{10} L_X$", "$E_0$", r"$\log_{10} T_{\rm vir}$", r"$\zeta$"]      # for figures
+UNITS = ["keV", "", "erg/s/(Msun/yr)", "eV", "K", ""]
 OMEGA_B, H, SIGMA_8, N_S = 0.04897, 0.6766, 0.8102, 0.9665                                           # Planck 2018, fixed; flat LCDM
 N_HE = 0.083                                                                                          # helium atoms per hydrogen atom
 TAU, TAU_SIGMA = 0.054, 0.007                                                                         # Planck 2018 optical depth
@@ -1075,8 +1077,7 @@ def inspect(path, out):
                        redshift_low_end=[low(z[:, -1]), high(z[:, -1])], redshift_high_end=[low(z[:, 0]), high(z[:, 0])],
                        parameters={n: dict(low=low(p), high=high(p), unknown=int(np.isnan(p).sum())) for n, p in zip(PARAMETERS, parameters.T)})
 
-        labels = [f"{n}\n[{u}]" if u else n for n, u in zip((r"$m_{\rm WDM}$", r"$\Omega_m$", r"$\log_{10} L_X$", "$E_0$", r"$\log_{10} T_{\rm vir}$", r"$\zeta$"),
-                                                            ("keV", "", "erg/s / (Msun/yr)", "eV", "K", ""))]
+        labels = [f"{n}\n[{u}]" if u else n for n, u in zip(SYMBOLS, UNITS)]
         figure, axes = plt.subplots(6, 6, figsize=(11, 11))
         for i in range(6):
             for j in range(6):

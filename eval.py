@@ -15,6 +15,8 @@
     python eval.py export out/s1-all --out merged --push ORG/NAME    # a 16-bit checkpoint with a model card, to the hub
     python eval.py regress out/regress-*-seed*                   # L3M: errors, loss and calibration of the six parameters, with figures
     python eval.py regress out/regress-pretrained-seed0 --lightcone mine.h5    # the posterior of your own lightcone
+    python eval.py next-patch out/generate-*-seed*               # L3M: flow-matching loss, and how well patches follow from the truth before them
+    python eval.py generate out/generate-*-seed0 --slices 30     # L3M: slices generated on their own, beside the truth
 
 perplexity: of an abstract, exp(mean negative log-likelihood of its tokens after BOS), no EOS added; the figure is the mean over
 abstracts with a 95% bootstrap interval (arXiv:2508.03716 reports 11.20 for Llama-3.1-8B and 9.83 for its best variant on hep-th).
@@ -46,6 +48,15 @@ and mean absolute error in units of the prior's width, beside the prior mean and
 bootstrapped over lightcones, differences lightcone by lightcone. Figures: validation loss by epoch, a band over seeds, and by depth;
 prediction against truth, 50 samples a lightcone; and, not in the paper, coverage and sharpness: whether the Gaussian's intervals hold the
 truth as often as they claim, and how wide they are. Of your own lightcone: the Gaussian in physical units, as table and corner plot.
+
+next-patch (arXiv:2506.14757): every patch of held-out lightcones from the third slice of a window of 12 on, drawn once given the true patches
+before it; mean squared error in normalised units, with intervals over lightcones. A perfect generator does not come to zero: the error of a draw
+is twice the variance that the truth before leaves. Baselines: the patch at the same place of the slice before, and N(0, 1) noise, which is what
+the flow starts from and what an untrained one returns.
+
+generate: slices drawn patch after patch, each given what was generated before it, from a few true ones on, at several redshifts. Not in the paper:
+power spectra on the sky and the distribution of T_b, of generated against true slices of the same lightcones, by redshift. The last given slice,
+repeated, is the row to compare with: it has the right power and does not evolve.
 """
 import argparse
 import base64
@@ -70,10 +81,13 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data_arxiv
-from connectors import coverage, gaussian_nll, joint_coverage, load_regressor, sample_gaussian, standard_deviation
-from data_lightcone import BINS, CELL, PARAMETERS, PRIORS, PUBLISHED_NORM, GlobalSignals, filter_reason, history_summary, open_store, read_lightcone
+from connectors import (CONTEXT, coverage, gaussian_nll, joint_coverage, load_generator, load_regressor, patch, sample_gaussian, standard_deviation,
+                        unpatch)
+from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, PUBLISHED_NORM, SYMBOLS, UNITS, GlobalSignals, SubLightcones, denormalise, eor_colours,
+                            filter_reason, history_summary, open_store, power_spectrum, read_lightcone)
+from flow import sample
 from lora import load_adapter, merge
-from model import bos_eos, fetch, generate, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
+from model import bos_eos, fetch, generate as generate_text, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
 from quant import NF4Linear
 from train_lm import Help, fail, resolve_dtype, start_processes, sync
 
@@ -396,7 +410,7 @@ def complete_batch(model, tokenizer, prompts, ids, args):
         raise ValueError(f"prompt and completion may take {longest} tokens, the model has room for {room}: lower --max-new-tokens")
     ends = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else eos
     seeds = [zlib.crc32(f"{args.seed} {i}".encode()) for i in ids]
-    new = generate(model, encoded, args.max_new_tokens, args.temperature, args.top_k, ends, seeds)
+    new = generate_text(model, encoded, args.max_new_tokens, args.temperature, args.top_k, ends, seeds)
     return [tokenizer.decode(p + n)[len(tokenizer.decode(p)):] for p, n in zip(encoded, new)]      # a word begun in the prompt goes on
 
 
@@ -1205,8 +1219,6 @@ def export(args):
 
 # ------------------------------------------------------------------------- regress: six parameters from the global 21cm signal
 
-SYMBOLS = [r"$m_{\rm WDM}$", r"$\Omega_m$", r"$\log_{10} L_X$", "$E_0$", r"$\log_{10} T_{\rm vir}$", r"$\zeta$"]
-UNITS = ["keV", "", "erg/s/(Msun/yr)", "eV", "K", ""]
 DIGITS = [2, 3, 2, 0, 2, 0]                                   # decimals that make sense
 LEVELS = np.linspace(0.05, 0.95, 19)                          # nominal levels of the coverage
 
@@ -1233,12 +1245,32 @@ def group_seeds(runs, settings):
     return dict(zip(names, groups.values()))
 
 
+def common_data(args, settings, keys):
+    """The file of lightcones that all runs are judged on. ValueError if it is not there, or if they did not train on the same ones (`keys`: their settings)."""
+    for run, s in zip(args.runs, settings):
+        if any(s[k] != settings[0][k] for k in keys) or not args.data and s["data"] != settings[0]["data"]:
+            raise ValueError(f"{run} was trained on other lightcones, or another normalisation of them, than {args.runs[0]}: they cannot share a table")
+    data = args.data or settings[0]["data"]
+    if not Path(data).is_file():
+        raise ValueError(f"{data}, the lightcones of the run, is not there: say with --data where they are")
+    return data
+
+
+def report_path(args):
+    """Where results go, without suffix: --out, or COMMAND-SPLIT in the run's directory, or beside the first's if there are several."""
+    beside = Path(args.runs[0]) if len(args.runs) == 1 else Path(args.runs[0]).resolve().parent
+    return args.out or beside / (f"{args.command}-{args.split}" + (f"-{Path(args.data).stem}" if args.data else ""))
+
+
+def style_of(i):
+    """Colour and line style of the i-th method."""
+    return {"color": COLOURS[1 + i % 6], "ls": ["-", "--", ":"][i // 6 % 3]}
+
+
 def read_signals(path, settings, split, own):
     """The signals of a split as a run saw them: GlobalSignals. own: the path is the run's own, so the split must be, too.
 
-    Raises ValueError if the file is not there, or has grown since: then the split is another, and its test lightcones were trained on."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}, the lightcones of the run, is not there: say with --data where they are")
+    Raises ValueError if the file has grown since: then the split is another, and its test lightcones were trained on."""
     norm, how = settings["norm"], {"tokens": settings["tokens"], "seed": settings["split_seed"]}
     if own and tuple(norm) != PUBLISHED_NORM and not np.allclose(GlobalSignals(path, "train", **how).norm, norm, rtol=1e-6):
         raise ValueError(f"{path} is not what it was when the run was trained on it, so its test lightcones are others: take it as it was then, "
@@ -1287,16 +1319,21 @@ def score(mean, L, y, samples, seed):
     return {k: np.asarray(v, float) for k, v in found.items()}
 
 
+def best_loss(run, settings):
+    """The lowest validation loss of a run: that of its model.safetensors. ValueError if it has none; a note if it is not at its end."""
+    records = [r for r in read_metrics(run) if "validation_loss" in r]
+    if not records:
+        raise ValueError(f"{run} has no validation loss in its metrics.jsonl: finish the run first")
+    if records[-1]["epoch"] < settings["epochs"] and records[-1]["step"] != settings["max_steps"]:
+        tqdm.write(f"note: {run} has come to epoch {records[-1]['epoch']:g} of {settings['epochs']}: its best network so far is judged", file=sys.stderr)
+    return min(r["validation_loss"] for r in records)
+
+
 def judge(name, members, test, device, args, bar):
     """A group of runs -> its settings, best validation losses (a seed each) and scores on `test`: the mean over seeds, lightcone by lightcone."""
     scores, best = [], []
     for run, s in members:
-        records = [r for r in read_metrics(run) if "validation_loss" in r]
-        if not records:
-            raise ValueError(f"{run} has no validation loss in its metrics.jsonl: finish the run first")
-        if records[-1]["epoch"] < s["epochs"] and records[-1]["step"] != s["max_steps"]:
-            tqdm.write(f"note: {run} has come to epoch {records[-1]['epoch']:g} of {s['epochs']}: its best network so far is judged", file=sys.stderr)
-        best.append(min(r["validation_loss"] for r in records))
+        best.append(best_loss(run, s))
         gaussians = predict(load_regressor(run, device), test.signals, device, args.batch_size)
         scores.append(score(*gaussians, test.parameters, args.samples, args.seed))
         bar.update()
@@ -1313,15 +1350,12 @@ def regress(args):
         raise ValueError("--samples must be at least 1")
     if args.lightcone:
         return posteriors(args, settings, device)
-    for run, s in zip(args.runs, settings):
-        if any(s[k] != settings[0][k] for k in ("tokens", "norm", "split_seed")) or not args.data and s["data"] != settings[0]["data"]:
-            raise ValueError(f"{run} was trained on other lightcones, or another normalisation of them, than {args.runs[0]}: they cannot share a table")
-    groups, data = group_seeds(args.runs, settings), args.data or settings[0]["data"]
+    groups, data = group_seeds(args.runs, settings), common_data(args, settings, ("tokens", "norm", "split_seed"))
     train, validation, test = (read_signals(data, settings[0], split, not args.data) for split in ("train", "validation", args.split))
     with tqdm(total=len(args.runs), desc="predictions", unit="run", dynamic_ncols=True) as bar:
         methods = [judge(name, members, test, device, args, bar) for name, members in groups.items()]
     for i, m in enumerate(methods):
-        m["look"] = {"color": COLOURS[1 + i % 6], "ls": ["-", "--", ":"][i // 6 % 3]}
+        m["look"] = style_of(i)
     gaussians, alpha = baselines(train, validation)
     for (name, gaussian), look in zip(gaussians.items(), ({"color": "0.4", "ls": "--"}, {"color": "0.6", "ls": ":"})):
         loss = gaussian_nll(*gaussian(validation.signals), validation.parameters).mean().item()
@@ -1330,8 +1364,7 @@ def regress(args):
     report = {"data": str(data), "split": args.split, "lightcones": len(test), "samples": args.samples, "seed": args.seed, "ridge alpha": alpha,
               "levels": LEVELS.tolist(), "methods": [method_report(m, methods[0]) for m in methods]}
     print_regression(report)
-    beside = Path(args.runs[0]) if len(args.runs) == 1 else Path(args.runs[0]).resolve().parent
-    out = args.out or beside / (f"regress-{args.split}" + (f"-{Path(args.data).stem}" if args.data else ""))
+    out = report_path(args)
     write_json(f"{out}.json", report)
     draw_losses(methods, f"{out}-loss.png")
     draw_parameters(methods, test.parameters.numpy(), f"{out}-parameters.png")
@@ -1340,11 +1373,20 @@ def regress(args):
         draw_depth(methods, f"{out}-depth.png")
 
 
+def over_seeds(values):
+    return {"mean": np.mean(values), "std": np.std(values), "seeds": values}
+
+
+def loss_cell(s):
+    """What `over_seeds` returns, for a table."""
+    return f"{s['mean']:.4f}" + (f" +- {s['std']:.4f}" if len(s["seeds"]) > 1 else "")
+
+
 def method_report(m, first):
     """What the JSON says of a method: means over the lightcones with intervals; against the first method, lightcone by lightcone."""
     per_parameter = {k: {p: summary(v) for p, v in zip(PARAMETERS, m[k].T)} for k in ("error", "sigma")}
     return {k: m.get(k) for k in ("name", "runs", "init", "base", "blocks", "prompt")} | {
-        "validation loss": {"mean": np.mean(m["validation loss"]), "std": np.std(m["validation loss"]), "seeds": m["validation loss"]},
+        "validation loss": over_seeds(m["validation loss"]),
         "loss": summary(m["loss"]), "loss minus the first's": summary(m["loss"] - first["loss"]), "mean error": summary(m["error"].mean(1)), **per_parameter,
         "coverage": {p: c.tolist() for p, c in zip(PARAMETERS, m["coverage"].T)}, "joint coverage": m["joint"].tolist()}
 
@@ -1354,11 +1396,23 @@ def print_regression(report):
     rows = report["methods"]
     print_table(f"{report['lightcones']} {report['split']} lightcones of {report['data']}: loss in nats a parameter, mean [95% interval]",
                 ["", "seeds", "best validation loss", f"{report['split']} loss", f"minus {rows[0]['name']}'s", "mean of the six errors"],
-                [[r["name"], len(r["runs"]) or "-",
-                  f"{r['validation loss']['mean']:.4f}" + (f" +- {r['validation loss']['std']:.4f}" if len(r["runs"]) > 1 else ""),
+                [[r["name"], len(r["runs"]) or "-", loss_cell(r["validation loss"]),
                   interval(r["loss"]), interval(r["loss minus the first's"]) if i else "-", interval(r["mean error"])] for i, r in enumerate(rows)])
     print_table("error: mean |predicted mean - truth| in units of the prior's width [95% interval]", ["", *PARAMETERS],
                 [[r["name"], *(interval(r["error"][p]) for p in PARAMETERS)] for r in rows])
+
+
+def draw_curve(ax, m, x, key, smoothing=0):
+    """A quantity of metrics.jsonl against x, the mean over the runs of a group and one standard deviation as a band -> values of x.
+
+    smoothing: fraction of the curve to each side that a running mean takes in."""
+    curves = [{r[x]: r[key] for r in read_metrics(run) if key in r} for run in m["runs"]]
+    at = sorted(set.intersection(*map(set, curves)))                                    # a seed may have been stopped earlier
+    values = np.array([smooth(np.zeros(len(at)), [curve[v] for v in at], int(smoothing * len(at))) for curve in curves])          # (seeds, at)
+    mean, std = values.mean(0), values.std(0)
+    ax.plot(at, mean, **m["look"], label=m["name"] + (f" ({len(curves)} seeds)" if len(curves) > 1 else ""))
+    ax.fill_between(at, mean - std, mean + std, color=m["look"]["color"], alpha=0.25, lw=0)
+    return at
 
 
 def draw_losses(methods, path):
@@ -1369,14 +1423,8 @@ def draw_losses(methods, path):
     for m in methods:
         if not m["runs"]:
             ax.axhline(m["validation loss"][0], **m["look"], lw=1, label=m["name"])
-            continue
-        curves = [{r["epoch"]: r["validation_loss"] for r in read_metrics(run) if "validation_loss" in r} for run in m["runs"]]
-        epochs = sorted(set.intersection(*map(set, curves)))                            # a seed may have been stopped earlier
-        values = np.array([[curve[e] for e in epochs] for curve in curves])             # (seeds, epochs)
-        mean, std = values.mean(0), values.std(0)
-        ax.plot(epochs, mean, **m["look"], label=m["name"] + (f" ({len(curves)} seeds)" if len(curves) > 1 else ""))
-        ax.fill_between(epochs, mean - std, mean + std, color=m["look"]["color"], alpha=0.25, lw=0)
-        lasts.append(epochs[-1])
+        else:
+            lasts.append(draw_curve(ax, m, "epoch", "validation_loss")[-1])
     ax.set(xlabel="epoch", ylabel="validation loss [nats a parameter]", xscale="log" if max(lasts) > 10 * min(lasts) else "linear",
            ylim=np.array([bottom, top]) + 0.07 * abs(top - bottom) * np.array([-1, 1]))
     ax.grid(alpha=0.3)
@@ -1582,6 +1630,351 @@ def draw_corner(mean, covariance, truth, z, signal, title, path):
     save_figure(fig, path)
 
 
+# -------------------------------------------------------------------- next-patch and generate: slices by conditional flow matching
+
+
+def open_slices(args):
+    """What both begin with: runs of train_l3m.py generate -> groups by seed {name: [(run, settings), ...]}, SubLightcones of --split, device."""
+    settings = [read_run(run, "generate") for run in args.runs]
+    _, _, device = start_processes(args.device)
+    data = common_data(args, settings, ("split_seed", "T", "sky"))
+    test, (T, sky) = SubLightcones(data, args.split, seed=settings[0]["split_seed"]), (settings[0][k] for k in ("T", "sky"))
+    if (test.T, test.sky) != (T, sky):
+        raise ValueError(f"{data} holds {test.T} slices of {test.sky} x {test.sky}, the runs were trained on {T} of {sky} x {sky}")
+    return group_seeds(args.runs, settings), test, device
+
+
+def draw_seed(seed, row, start):
+    """Of the noise for one place in one lightcone: all models get the same, whatever else is evaluated."""
+    return int(np.random.SeedSequence([seed, row, start]).generate_state(1)[0])
+
+
+@torch.no_grad()
+def squared_errors(predict, windows, test, args, device, bar):
+    """Mean squared error of slices 3.. of windows (row, start, length), normalised units -> by lightcone and cell on the sky (n, X, Y); by slice of
+    the window (10,).
+
+    predict(slices (B, S, X, Y), conditions (B, 7), noise (B, S - 2, X, Y)) -> (B, S - 2, X, Y)."""
+    place = {row: i for i, row in enumerate(sorted({row for row, _, _ in windows}))}
+    lengths = sorted({length for _, _, length in windows})
+    by_cell, by_slice = np.zeros((len(place), test.sky, test.sky)), np.zeros(lengths[-1] - CONTEXT)
+    cells, slices_seen = np.zeros(len(place)), np.zeros_like(by_slice)
+    for length in lengths:
+        same = [w for w in windows if w[2] == length]
+        for part in (same[i:i + args.batch_size] for i in range(0, len(same), args.batch_size)):
+            slices, conditions = (torch.stack(x) for x in zip(*(test.read(*w) for w in part)))
+            noise = torch.stack([torch.randn(length - CONTEXT, test.sky, test.sky, generator=torch.Generator().manual_seed(draw_seed(args.seed, row, start)))
+                                 for row, start, _ in part])
+            predicted = predict(slices.to(device), conditions.to(device), noise.to(device)).cpu()
+            for (row, _, _), error in zip(part, (predicted - slices[:, CONTEXT:]).double().square().numpy()):          # (S - 2, X, Y)
+                by_cell[place[row]] += error.sum(0)
+                cells[place[row]] += len(error)
+                by_slice[:len(error)] += error.mean((1, 2))
+                slices_seen[:len(error)] += 1
+            bar.update(len(part))
+    return by_cell / cells[:, None, None], by_slice / slices_seen
+
+
+def sampled(generator, args):
+    """The generator as a `predict` of squared_errors: each patch drawn once, given the truth before it."""
+    def predict(slices, conditions, noise):
+        p, noise = generator.p, patch(noise, generator.p)                               # (B, S - 2, R, K, p*p)
+        cond = generator.patch_conditions(slices, conditions).flatten(0, 2)             # (N, 2, p, p)
+        x, _ = sample(generator.velocity, cond, args.method, noise=noise.reshape(-1, 1, p, p), steps=args.steps)
+        return unpatch(x.view_as(noise))
+    return predict
+
+
+def next_patch(args):
+    """Table and figures of the flow-matching loss and of the next-patch error of any number of runs, beside two baselines."""
+    groups, test, device = open_slices(args)
+    windows = test.windows()
+    if args.max_windows:
+        windows = [windows[i] for i in np.sort(np.random.default_rng(args.seed).permutation(len(windows))[:args.max_windows])]
+    methods, lightcones = [], len({row for row, _, _ in windows})
+    losses = {name: [best_loss(run, s) for run, s in members] for name, members in groups.items()}
+    simple = {"copy of the previous slice": lambda slices, conditions, noise: slices[:, CONTEXT - 1:-1], "noise": lambda slices, conditions, noise: noise}
+    with tqdm(total=len(windows) * (len(args.runs) + len(simple)), desc="next patches", unit="window", dynamic_ncols=True) as bar:
+        for name, members in groups.items():
+            errors = [squared_errors(sampled(load_generator(run, device), args), windows, test, args, device, bar) for run, _ in members]
+            methods.append({"name": name, "runs": [str(run) for run, _ in members], "validation loss": losses[name], "look": style_of(len(methods)),
+                            "patch": members[0][1]["patch"], "errors": [np.mean(e, 0) for e in zip(*errors)]})
+        for (name, predict), style in zip(simple.items(), ("--", ":")):
+            methods.append({"name": name, "runs": [], "look": {"color": "0.5", "ls": style}, "patch": methods[0]["patch"],
+                            "errors": squared_errors(predict, windows, test, args, device, bar)})
+    if lightcones < 5:
+        print(f"note: intervals over {lightcones} lightcones are too narrow: errors of one lightcone are not independent", file=sys.stderr)
+    report = {"data": test.path, "split": args.split, "lightcones": lightcones, "windows": len(windows), "method": args.method,
+              "steps": args.steps if args.method == "midpoint" else None, "seed": args.seed, "methods": []}
+    first = methods[0]["errors"][0].mean((1, 2))
+    for m in methods:
+        (by_cell, by_slice), p = m["errors"], m["patch"]
+        of_lightcone, m["map"] = by_cell.mean((1, 2)), by_cell.mean(0)                  # (n,), (X, Y)
+        report["methods"].append({
+            "name": m["name"], "runs": m["runs"], "validation loss": over_seeds(m["validation loss"]) if m["runs"] else None, "error": summary(of_lightcone),
+            "error minus the first's": summary(of_lightcone - first), "by slice": by_slice.tolist(),
+            "by patch": m["map"].reshape(test.sky // p, p, -1, p).mean((1, 3)).tolist()})
+    rows = report["methods"]
+    print_table(f"{lightcones} {args.split} lightcones of {test.path}, {len(windows)} windows, normalised units: mean [95% interval]",
+                ["", "seeds", "CFM validation loss", "next-patch error", f"minus {rows[0]['name']}'s"],
+                [[r["name"], len(r["runs"]) or "-", loss_cell(r["validation loss"]) if r["runs"] else "-", interval(r["error"]),
+                  interval(r["error minus the first's"]) if i else "-"] for i, r in enumerate(rows)])
+    out = report_path(args)
+    write_json(f"{out}.json", report)
+    draw_positions(methods, f"{out}-position.png")
+    draw_training(methods, f"{out}-loss.png")
+
+
+def draw_positions(methods, path):
+    """Above: next-patch error by position on the sky, a map for each group of runs and for the copy, lines between patches; below: by slice."""
+    plt = pyplot()
+    from matplotlib.colors import LogNorm
+    shown = methods[:-1]                                      # noise has no structure
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    fig = plt.figure(figsize=(max(7, 2.6 * columns), 2.7 * rows + 3.2), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=[2.7 * rows, 3.2])
+    axes = above.subplots(rows, columns, squeeze=False)
+    high = max(np.quantile(m["map"], 0.99) for m in shown)
+    low = max(min(m["map"].min() for m in shown), high / 1000)
+    for ax, m in zip(axes.flat, shown):
+        sky = len(m["map"])
+        image = ax.imshow(m["map"], cmap="viridis", norm=LogNorm(low, high), extent=(0, sky, sky, 0))
+        for edge in range(m["patch"], sky, m["patch"]):
+            ax.axhline(edge, color="w", lw=0.4)
+            ax.axvline(edge, color="w", lw=0.4)
+        ax.set_title(m["name"], fontsize=9)
+    for ax in axes.flat:
+        ax.axis("off")
+    above.colorbar(image, ax=axes, label="mean squared error", extend="max")
+    ax = below.subplots()
+    for m in methods:
+        by_slice = m["errors"][1]
+        ax.plot(CONTEXT + 1 + np.arange(len(by_slice)), by_slice, **m["look"], marker=".", label=m["name"])
+    ax.set(xlabel="slice of the window", ylabel="mean squared error", yscale="log")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def draw_training(methods, path):
+    """Loss of flow matching against the number of batches, in training (running mean) and on the validation lightcones."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for ax, key, smoothing in zip(axes, ("loss", "validation_loss"), (0.02, 0)):
+        for m in methods:
+            if m["runs"]:
+                draw_curve(ax, m, "step", key, smoothing)
+        ax.set(xlabel="batches", ylabel=f"{'training' if key == 'loss' else 'validation'} loss of flow matching", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+    axes[1].legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def choose_starts(test, args):
+    """Where to generate: --lightcones of the split at each --redshift -> [(redshift, row of the store, first given slice)], and the cell size, Mpc.
+
+    A lightcone whose signal ends before the last slice is left out of that redshift; a redshift without lightcones is left out with a note."""
+    with open_store(test.path) as f:
+        chosen = np.sort(np.random.default_rng(args.seed).permutation(len(test.rows))[:args.lightcones or None])
+        rows = test.rows[chosen]
+        z, end, cell = f["redshifts"][rows], f["signal_end"][rows], float(f["cell_mpc"][rows[0]])
+    length, starts = args.context + args.slices, []
+    for redshift in args.redshifts:
+        first = np.abs(z - redshift).argmin(1)                                          # (n,)
+        fits = (z[:, -1] <= redshift) & (redshift <= z[:, 0]) & (first + length <= end)
+        starts += [(redshift, int(row), int(t)) for row, t in zip(rows[fits], first[fits])]
+        if not fits.any():
+            print(f"note: z = {redshift:g} is left out: no lightcone has signal in {length} slices from there on", file=sys.stderr)
+    if not starts:
+        raise ValueError(f"{test.path}: no lightcone has signal in {length} slices from any of these redshifts on: choose other --redshifts, or fewer --slices")
+    return starts, cell if math.isfinite(cell) else CELL
+
+
+def continue_lightcones(generator, slices, conditions, seeds, bins, args, device, bar):
+    """Generated slices in mK: context (N, S, X, Y) normalised, conditions (N, 7) -> (N, samples, --slices, X, Y) float16."""
+    result = np.empty((len(slices), args.samples, args.slices, *slices.shape[2:]), np.float16)
+    for part in torch.arange(len(slices)).split(args.batch_size):
+        going = generator.generate(slices[part].to(device), conditions[part].to(device), args.slices, bins, [seeds[i] for i in part], args.samples,
+                                   slide=args.slide, method=args.method, steps=args.steps)
+        for s, new in enumerate(going):
+            result[part.numpy(), :, s] = denormalise(new).clamp(-6e4, 6e4).cpu()        # float16 ends at 65504
+            bar.update(len(part) * args.samples)
+    return result
+
+
+def generate(args):
+    """Slices generated on their own by any number of runs, beside the truth: figures, table, and the slices themselves."""
+    groups, test, device = open_slices(args)
+    if args.context < CONTEXT or args.samples < 1:
+        raise ValueError(f"--context must be at least {CONTEXT}, --samples at least 1")
+    starts, cell = choose_starts(test, args)
+    slices, conditions = (torch.stack(x) for x in zip(*(test.read(row, t, args.context + args.slices) for _, row, t in starts)))
+    seeds, truth = [draw_seed(args.seed, row, t) for _, row, t in starts], denormalise(slices).numpy().astype(np.float16)
+    methods = [{"name": "truth", "runs": [], "look": {"color": "k", "ls": "-"}, "slices": truth[:, None, args.context:]}]               # (N, 1, n, X, Y)
+    with tqdm(total=len(starts) * args.samples * args.slices * len(args.runs), desc="slices", unit="slice", dynamic_ncols=True) as bar:
+        for name, members in groups.items():
+            made = [continue_lightcones(load_generator(run, device), slices[:, :args.context], conditions, seeds, test.T, args, device, bar) for run, _ in members]
+            methods.append({"name": name, "runs": [str(run) for run, _ in members], "look": style_of(len(methods) - 1), "slices": np.concatenate(made, 1)})
+    methods.append({"name": "last given slice", "runs": [], "look": {"color": "0.5", "ls": "--"},
+                    "slices": np.repeat(truth[:, None, args.context - 1:args.context], args.slices, 2)})
+    out = report_path(args)
+    with open_store(test.path) as f:
+        arrays = {"row": np.array([row for _, row, _ in starts]), "start": np.array([t for _, _, t in starts]), "truth": truth,
+                  "parameters": np.array([f["parameters"][row] for _, row, _ in starts]),
+                  "redshifts": np.array([f["redshifts"][row, t:t + truth.shape[1]] for _, row, t in starts])}
+    with data_arxiv.replacing(f"{out}.npz") as file:
+        np.savez(file, **arrays, **{f"generated {m['name']}": m["slices"] for m in methods if m["runs"]})
+    print(f"written: {out}.npz")
+    report = {k: getattr(args, k) for k in ("split", "context", "slices", "slide", "samples", "seed", "method")} | {
+        "data": test.path, "steps": args.steps if args.method == "midpoint" else None, "redshifts": []}
+    panels = []
+    for redshift in dict.fromkeys(z for z, _, _ in starts):
+        here = [i for i, (z, _, _) in enumerate(starts) if z == redshift]
+        panels.append(compare_slices(redshift, methods, here, cell))
+        report["redshifts"].append(statistics_report(panels[-1], methods))
+    print_slices(report)
+    write_json(f"{out}.json", report)
+    draw_statistics(panels, methods, f"{out}-statistics.png")
+    rows, counts = np.unique(arrays["row"], return_counts=True)
+    for number, row in enumerate(rows[np.argsort(-counts, kind="stable")][:args.figures], 1):          # those that are continued at most redshifts
+        here = np.flatnonzero(arrays["row"] == row)
+        draw_slices(methods, truth, arrays["redshifts"], here, f"{out}-slices-{number}.png")
+        draw_sections(methods, truth, arrays["redshifts"], here, f"{out}-sections-{number}.png")
+
+
+def compare_slices(redshift, methods, here, cell):
+    """Statistics of the slices (N, samples, n, X, Y) of all methods at one redshift -> k (K,), bins of T_b, and for each method by lightcone:
+    power (m, K) in mK^2, density of T_b (m, bins), mean and standard deviation of T_b (m,) in mK."""
+    true = methods[0]["slices"][here].astype(np.float32)
+    low, high = np.quantile(true, [0.001, 0.999])
+    edges = np.linspace(low - 0.2 * (high - low) - 0.5, high + 0.2 * (high - low) + 0.5, 61)
+    found = []
+    for m in methods:
+        cubes = m["slices"][here].astype(np.float32)                                    # (m, samples, n, X, Y)
+        k, power = zip(*(power_spectrum(cube.reshape(-1, *cube.shape[2:]), cell) for cube in cubes))
+        density = [np.histogram(cube, edges)[0] / cube.size / (edges[1] - edges[0]) for cube in cubes]
+        found.append({"power": np.array(power), "density": np.array(density), "mean": cubes.mean((1, 2, 3, 4)), "std": cubes.std((1, 2, 3, 4))})
+    return {"redshift": redshift, "lightcones": len(here), "k": k[0], "edges": edges, "found": found}
+
+
+def power_ratio(power, true, resamples=2000, seed=0):
+    """Power over true power (m, K), each a mean over lightcones, with its 95% bootstrap interval over lightcones: three arrays (K,), not finite where the
+    true slices do not fluctuate."""
+    m = len(power)
+    weights = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), resamples)      # (resamples, m): how often each lightcone was drawn
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return power.mean(0) / true.mean(0), *np.quantile(weights @ power / (weights @ true), [0.025, 0.975], axis=0)
+
+
+def statistics_report(panel, methods):
+    """What the JSON says of one redshift."""
+    rows, true = [], panel["found"][0]
+    for m, f in zip(methods, panel["found"]):
+        intervals = zip(("ratio", "low", "high"), power_ratio(f["power"], true["power"]))
+        row = {"name": m["name"], "runs": m["runs"], "power": f["power"].mean(0).tolist(), "mean": float(f["mean"].mean()), "std": float(f["std"].mean()),
+               **{k: [v if math.isfinite(v) else None for v in values.tolist()] for k, values in intervals}}
+        within = (true["power"] / 2 <= f["power"]) & (f["power"] <= 2 * true["power"])  # (m, K)
+        rows.append(row | {"within a factor 2": [r is not None and 0.5 <= r <= 2 for r in row["ratio"]], "share of lightcones within": within.mean(0).tolist()})
+    return {"z": panel["redshift"], "lightcones": panel["lightcones"], "k": panel["k"].tolist(), "methods": rows}
+
+
+def print_slices(report):
+    """A table for each redshift: power over true power in bins of k, and the one-point distribution's mean and width."""
+    for panel in report["redshifts"]:
+        print_table(f"{report['slices']} slices from z = {panel['z']:g} on, {panel['lightcones']} lightcones: generated over true power by k [1/Mpc] "
+                    "(*: not within a factor 2), T_b [mK]",
+                    ["", *(f"{k:.2g}" for k in panel["k"]), "within", "mean T_b", "std"],
+                    [[r["name"], *("- " if ratio is None or not i else f"{ratio:.2f}{' ' if good else '*'}" for ratio, good in zip(r["ratio"], r["within a factor 2"])),
+                      f"{sum(r['within a factor 2'])}/{len(panel['k'])}" if i else "-", f"{r['mean']:.1f}", f"{r['std']:.1f}"]
+                     for i, r in enumerate(panel["methods"])])
+
+
+def draw_statistics(panels, methods, path):
+    """A column for each redshift: power spectra, their ratio to the truth (grey: a factor 2) with 95% intervals, distribution of T_b. Lines are means over
+    lightcones, bands hold the central 68% of them."""
+    plt = pyplot()
+    fig, axes = plt.subplots(3, len(panels), figsize=(3.4 * len(panels) + 1, 9), height_ratios=[3, 2, 3], squeeze=False, layout="constrained")
+    for panel, (above, middle, below) in zip(panels, axes.T):
+        k, T, true = panel["k"], (panel["edges"][1:] + panel["edges"][:-1]) / 2, panel["found"][0]["power"]
+        middle.axhspan(0.5, 2, color="0.9")
+        for i, (m, f) in enumerate(zip(methods, panel["found"])):
+            for ax, x, values in ((above, k, f["power"]), (below, T, f["density"])):
+                ax.plot(x, values.mean(0), **m["look"], label=m["name"])
+                ax.fill_between(x, *np.quantile(values, [0.16, 0.84], axis=0), color=m["look"]["color"], alpha=0.15, lw=0)
+            if i:
+                ratio, low, high = power_ratio(f["power"], true)
+                shift = 1.03 ** (i - len(methods) / 2)                                  # so that intervals do not hide each other
+                middle.errorbar(k * shift, ratio, [ratio - low, high - ratio], **m["look"], marker=".", capsize=2, lw=1)
+        for ax in (above, middle):
+            ax.set(xscale="log", yscale="log")
+            ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if k[0] <= t <= k[-1]]
+            ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            ax.set_xticks([], minor=True)
+        above.set_title(f"from z = {panel['redshift']:g} (lightcones: {panel['lightcones']})", fontsize=10)
+        middle.set_xlabel(r"$k_\perp$ [Mpc$^{-1}$]")
+        top = max(f["density"].mean(0).max() for f in panel["found"])
+        below.set(yscale="log", ylim=(top * 1e-4, top * 2), xlabel="$T_b$ [mK]")
+        for ax in (above, middle, below):
+            ax.grid(alpha=0.3)
+    for ax, label in zip(axes[:, 0], (r"$k_\perp^2 P(k_\perp) / 2\pi$ [mK$^2$]", "ratio to the truth", "density [1/mK]")):
+        ax.set_ylabel(label)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(5, len(methods)), fontsize=9)
+    save_figure(fig, path)
+
+
+def pictures(methods, i):
+    """What to draw of start i: [(name, slices (n, X, Y))], the truth and up to two samples (of the first runs) of each group."""
+    shown = [(m["name"] + (f" ({k + 1})" if m["slices"].shape[1] > 1 else ""), m["slices"][i, k]) for m in methods[:-1] for k in range(min(2, m["slices"].shape[1]))]
+    return [(name, cube.astype(np.float32)) for name, cube in shown]
+
+
+def draw_temperature(fig, axes, images, truth, aspect="equal"):
+    """Images of T_b, one on each of the axes, in the colours of the field, black at zero, over the range of the true slices; and their colour bar."""
+    from matplotlib.colors import TwoSlopeNorm
+    low, high = np.quantile(truth.astype(np.float32), [0.001, 0.999])
+    scale = TwoSlopeNorm(0, min(low, -20), max(high, 20))
+    for ax, image in zip(axes.flat, images):
+        drawn = ax.imshow(image, cmap=eor_colours(), norm=scale, interpolation="nearest", aspect=aspect)
+        ax.set(xticks=[], yticks=[])
+    fig.colorbar(drawn, ax=axes, label="$T_b$ [mK]", location="bottom", extend="both", aspect=30, ticks=np.fix([scale.vmin, scale.vmin / 2, 0, scale.vmax]))
+
+
+def draw_slices(methods, truth, z, here, path):
+    """One lightcone at its starts `here`: the last given slice, the first, the middle and the last generated one; above the true ones.
+
+    truth (N, S + n, X, Y), z (N, S + n): of all starts."""
+    plt = pyplot()
+    n = methods[0]["slices"].shape[2]
+    S, which, names = truth.shape[1] - n, sorted({0, n // 2, n - 1}), [name for name, _ in pictures(methods, here[0])]
+    fig = plt.figure(figsize=(1 + 1.25 * len(here) * (1 + len(which)), 1.3 + 1.25 * len(names)), layout="constrained")
+    for part, i in zip(np.atleast_1d(fig.subfigures(1, len(here))), here):
+        axes = part.subplots(len(names), 1 + len(which), squeeze=False)
+        draw_temperature(part, axes, (image for _, cube in pictures(methods, i) for image in (truth[i, S - 1].astype(np.float32), *cube[which])), truth[i])
+        for ax, s in zip(axes[0], (-1, *which)):
+            ax.set_title(("given" if s < 0 else f"slice {s + 1}") + f"\nz = {z[i, S + s]:.2f}", fontsize=8)
+        for ax, name in zip(axes[:, 0], names if i == here[0] else ()):
+            ax.set_ylabel(name, fontsize=8)
+    save_figure(fig, path)
+
+
+def draw_sections(methods, truth, z, here, path):
+    """One lightcone at its starts `here`: sections along the line of sight, given slices left of the green line, true or generated ones right of it."""
+    plt = pyplot()
+    S, names = truth.shape[1] - methods[0]["slices"].shape[2], [name for name, _ in pictures(methods, here[0])]
+    fig, axes = plt.subplots(len(names), len(here), figsize=(1.5 + 3 * len(here), 1.2 + 1.3 * len(names)), squeeze=False, layout="constrained")
+    for column, i in zip(axes.T, here):
+        sections = (np.concatenate((truth[i, :S], cube))[:, 0].T.astype(np.float32) for _, cube in pictures(methods, i))          # (Y, S + n)
+        draw_temperature(fig, column, sections, truth[i], "auto")
+        for ax, name in zip(column, names):
+            ax.axvline(S - 0.5, color=COLOURS[3], lw=2)
+            ax.set_ylabel(name if i == here[0] else None, fontsize=8)
+        at = [0, S, z.shape[1] - 1]
+        column[-1].set_xticks(at, [f"{z[i, s]:.1f}" for s in at])
+        column[-1].set_xlabel("redshift (time runs to the right)", fontsize=9)
+    save_figure(fig, path)
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -1590,7 +1983,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function, help, description):
-        p = commands.add_parser(function.__name__, help=help, description=description, formatter_class=Help)
+        p = commands.add_parser(function.__name__.replace("_", "-"), help=help, description=description, formatter_class=Help)
         p.set_defaults(function=function)
         return p
 
@@ -1679,11 +2072,43 @@ def main(argv=None):
     p.add_argument("--out", metavar="NAME", help="NAME.json, NAME-loss.png, ...; default: regress-SPLIT in the run's directory, or beside the first's for "
                    "several; with --lightcone NAME-FILE.json and .png, default posterior-FILE in the run's directory")
 
+    def slice_flags(p, batch, what):
+        p.add_argument("runs", nargs="+", metavar="RUN", help="run directories of train_l3m.py generate; those that differ by the seed only count as one")
+        p.add_argument("--split", choices=["test", "validation"], default="test", help="lightcones to judge on; validation also chose each run's best step")
+        p.add_argument("--data", help="store of data_lightcone.py; default: the runs' own")
+        p.add_argument("--method", choices=["dopri5", "midpoint"], default="dopri5", help="sampler: dopri5 adapts its steps (tolerance 1e-3), midpoint takes --steps")
+        p.add_argument("--steps", type=int, default=20, help="of midpoint, two evaluations of the network each; fewer are quicker and less exact")
+        p.add_argument("--seed", type=int, default=42, help="of the choice of lightcones or windows, and of the noise, which all runs share")
+        p.add_argument("--batch-size", type=int, default=batch, help=f"{what} at a time; changes memory and speed only")
+        p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
+
+    p = command(next_patch, "lightcone slices: loss of flow matching, error of the next patch given the truth before it",
+                "Validation loss of flow matching, and mean squared error of each patch, drawn once given the true patches before it, for any number of L3M "
+                "generation runs, beside two baselines: the previous slice's patch, and noise. Figures: error by position, loss by batch.")
+    slice_flags(p, 8, "windows")
+    p.add_argument("--max-windows", type=int, default=0, help="a quick look: so many windows of 12 slices, drawn with --seed; 0: all")
+    p.add_argument("--out", metavar="NAME", help="NAME.json, NAME-position.png, NAME-loss.png; default: next-patch-SPLIT in the run's directory, or beside the "
+                   "first's for several")
+
+    p = command(generate, "lightcone slices generated on their own, beside the truth",
+                "Continue held-out lightcones from a few true slices on, by any number of L3M generation runs. Figures beside the truth: slices, sections along the "
+                "line of sight, power spectra and distributions of T_b; a table says whether the power is within a factor 2 of the truth.")
+    slice_flags(p, 16, "lightcones")
+    p.add_argument("--context", type=int, default=2, help="true slices to begin with; the paper's: 2 or 10")
+    p.add_argument("--slices", type=int, default=10, help="slices to generate; beyond 12 with the context, the window slides")
+    p.add_argument("--slide", type=int, default=6, help="slices that the window drops when it is full, 1 to 10; small ones remember more and are slower")
+    p.add_argument("--samples", type=int, default=1, help="generated continuations of each lightcone")
+    p.add_argument("--lightcones", type=int, default=8, help="so many lightcones of the split, drawn with --seed; 0: all")
+    p.add_argument("--redshifts", type=float, nargs="+", default=[16, 12, 10, 8], metavar="Z", help="of the first given slice; each lightcone is continued from each")
+    p.add_argument("--figures", type=int, default=2, help="so many lightcones are drawn; 0: none")
+    p.add_argument("--out", metavar="NAME", help="NAME.json, NAME.npz (all slices, mK), NAME-statistics.png, ...; default: generate-SPLIT in the run's directory, or "
+                   "beside the first's for several")
+
     args = parser.parse_args(argv)
-    for name in ("window", "max_new_tokens", "top_k", "batch_size"):
+    for name in ("window", "max_new_tokens", "top_k", "batch_size", "steps", "slices"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("samples", "temperature"):
+    for name in ("samples", "temperature", "max_windows", "lightcones", "figures"):
         if getattr(args, name, 0) < 0:
             parser.error(f"--{name} cannot be negative")
     try:

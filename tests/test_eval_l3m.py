@@ -1,6 +1,8 @@
-"""eval.py regress: trained references on simulated lightcones, the table against numpy and torch, baselines, a user's own lightcone, bad input."""
+"""eval.py regress: trained references on simulated lightcones, the table against numpy and torch, baselines, a user's own lightcone, bad input.
+eval.py next-patch and generate: errors and statistics against slow, plain versions and where the answer is known."""
 import json
 import shutil
+from functools import partial
 
 import h5py
 import numpy as np
@@ -8,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import connectors
 import data_lightcone
 import eval as nano_eval
 from conftest import SHARED
-from connectors import build_regressor, gaussian_nll, load_regressor
-from data_lightcone import PARAMETERS, PRIORS, GlobalSignals, to_unit
+from connectors import build_generator, build_regressor, gaussian_nll, load_generator, load_regressor, patch
+from data_lightcone import PARAMETERS, PRIORS, GlobalSignals, SubLightcones, denormalise, power_spectrum, to_unit
+from flow import VelocityCNN, sample
+from model import Config
 
 SETTINGS = {"experiment": "regress", "init": "small", "base": None, "blocks": None, "prompt": "minimal", "tokens": 47, "split_seed": 0, "epochs": 3, "max_steps": None,
             "dropout": 0.0, "causal": False, "dtype": "float32"}
@@ -226,3 +231,177 @@ def test_bad_input(runs, tmp_path, capsys):
     np.savez(tmp_path / "short.npz", image=np.zeros((14, 14, 60), np.float32), z=np.linspace(5, 6, 60), **dict(zip(PARAMETERS, PRIORS.mean(1))))
     assert "short.npz: 60 line-of-sight bins" in error(run, "--lightcone", tmp_path / "short.npz")
     assert "at least 1" in error(run, "--samples", 0)
+
+
+# ------------------------------------------------------------------------------------------------- next-patch and generate
+
+GENERATE = {"experiment": "generate", "init": "small", "base": None, "blocks": None, "tune": "full", "rank": None, "patch": 7, "T": 235, "sky": 14, "split_seed": 0,
+            "epochs": 3, "max_steps": None, "dropout": 0.0, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def generators(runs):
+    """(directory of runs flow-seed0, flow-seed1, other-seed0, their store): tiny generators, random weights large enough that conditions show."""
+    root, store = runs
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(connectors.GENERATION_REFERENCES, "small", Config("qwen2", 0, 32, 48, 2, 4, 2, 8, 1e-6, 10000.0))
+        m.setattr(connectors, "VelocityCNN", partial(VelocityCNN, width=8, inner=16, blocks=1))
+        for name, seed, lr in (("flow-seed0", 0, 1.0), ("flow-seed1", 1, 1.0), ("other-seed0", 0, 2.0)):
+            settings = GENERATE | {"data": str(store), "seed": seed, "lr": lr}
+            (root / name).mkdir()
+            (root / name / "config.json").write_text(json.dumps({"settings": settings}))
+            generator = build_generator(settings)
+            save_file({k: (1 + lr) * p.detach() for k, p in generator.trained().items()}, root / name / "model.safetensors")
+            records = [{"step": s, "epoch": s / 4, "validation_loss": 1 / (1 + s) + seed} for s in (0, 4, 8, 12)]
+            records += [{"step": s, "epoch": s / 4, "loss": 1 / s + seed} for s in range(1, 13)]
+            (root / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sorted(records, key=lambda r: r["step"])))
+        yield root, store
+
+
+def run_eval(command, *arguments):
+    nano_eval.main([command, *map(str, arguments), "--device", "cpu", "--method", "midpoint", "--steps", "2"])
+
+
+def test_squared_errors_of_a_known_error(runs):
+    """Truth plus (1 + slice) * map: by cell map^2 times the mean square of the slice's factor over a lightcone's windows, by slice the square of its factor."""
+    class Args:
+        seed, batch_size = 0, 3
+
+    class Bar:
+        update = staticmethod(lambda n: seen.append(n))
+
+    test, seen, bump = SubLightcones(runs[1], "test"), [], torch.rand(14, 14, generator=torch.Generator().manual_seed(0))
+    predict = lambda slices, conditions, noise: slices[:, 2:] + torch.arange(1, slices.shape[1] - 1)[:, None, None] * bump
+    windows = test.windows()
+    by_cell, by_slice = nano_eval.squared_errors(predict, windows, test, Args, "cpu", Bar)
+    assert sum(seen) == len(windows) and len({length for _, _, length in windows}) > 1
+    for i, row in enumerate(test.rows):
+        factors = np.concatenate([np.arange(1, length - 1) for r, _, length in windows if r == row])
+        assert by_cell[i] == pytest.approx(np.mean(factors ** 2) * bump.numpy() ** 2, rel=1e-3, abs=1e-5)
+    assert by_slice == pytest.approx(np.arange(1, 11) ** 2 * float(bump.square().mean()), rel=1e-3)
+
+
+def test_next_patch(generators, tmp_path, capsys):
+    """Errors of a group of two seeds against patches drawn one by one; of the copy against the store itself; printed, written and drawn."""
+    root, store = generators
+    run_eval("next-patch", root / "flow-seed0", root / "other-seed0", root / "flow-seed1", "--max-windows", 4, "--batch-size", 3, "--out", tmp_path / "n")
+    report, test = json.loads((tmp_path / "n.json").read_text()), SubLightcones(store, "test")
+    assert [(m["name"], len(m["runs"])) for m in report["methods"]] == [("flow", 2), ("other", 1), ("copy of the previous slice", 0), ("noise", 0)]
+    windows = [test.windows()[i] for i in np.random.default_rng(42).permutation(len(test.windows()))[:4]]
+    errors = {kind: {row: [] for row, _, _ in windows} for kind in ("flow", "copy", "noise")}
+    nets = [load_generator(root / f"flow-seed{seed}") for seed in (0, 1)]
+    for row, start, length in windows:
+        with h5py.File(store) as f:
+            T_b = f["brightness_temp"][row, start:start + length].astype(float)
+        slices, conditions = test.read(row, start, length)
+        noise = torch.randn(length - 2, 14, 14, generator=torch.Generator().manual_seed(nano_eval.draw_seed(42, row, start)))
+        x = (np.sign(T_b) * np.log(1 + abs(T_b)) + 1.51) / 2.74
+        errors["copy"][row] += ((x[2:] - x[1:-1]) ** 2).mean((1, 2)).tolist()
+        errors["noise"][row] += ((x[2:] - noise.numpy()) ** 2).mean((1, 2)).tolist()
+        for net in nets:
+            with torch.no_grad():
+                cond = net.patch_conditions(slices[None], conditions[None])[0]
+            for s in range(length - 2):
+                for i, (e, truth) in enumerate(zip(patch(noise[s], 7).flatten(0, 1), patch(slices[s + 2], 7).flatten(0, 1))):
+                    drawn, _ = sample(net.velocity, cond[s, i][None], "midpoint", noise=e.view(1, 1, 7, 7), steps=2)
+                    errors["flow"][row].append((drawn.flatten() - truth).square().mean().item())
+    flow, other, copy, noise = report["methods"]
+    for m, kind in ((flow, "flow"), (copy, "copy"), (noise, "noise")):
+        assert m["error"]["mean"] == pytest.approx(np.mean([np.mean(e) for e in errors[kind].values()]), rel=1e-3), kind
+        assert np.mean(m["by patch"]) == pytest.approx(m["error"]["mean"]) and np.shape(m["by patch"]) == (2, 2) and len(m["by slice"]) == 10
+    assert flow["validation loss"]["seeds"] == [1 / 13, 1 / 13 + 1] and copy["validation loss"] is None
+    assert other["error minus the first's"]["mean"] == pytest.approx(other["error"]["mean"] - flow["error"]["mean"]) and abs(other["error minus the first's"]["mean"]) > 1e-3
+    printed = capsys.readouterr().out
+    assert f"{copy['error']['mean']:.3f} [{copy['error']['low']:.3f}, {copy['error']['high']:.3f}]" in printed and "0.5769 +- 0.5000" in printed
+    for kind in ("position", "loss"):
+        assert all((tmp_path / f"n-{kind}.{suffix}").stat().st_size > 8000 for suffix in ("png", "pdf"))
+
+
+def test_generate(generators, tmp_path, capsys):
+    """Saved slices are those of Generator.generate with the true context, indices and seeds, beyond the window, too; the report is that of the saved slices."""
+    root, store = generators
+    run_eval("generate", root / "flow-seed0", root / "flow-seed1", root / "other-seed0", "--slices", 11, "--slide", 5, "--samples", 2, "--lightcones", 0,
+             "--redshifts", 12, 9, 3, "--batch-size", 3, "--out", tmp_path / "g")
+    test, report = SubLightcones(store, "test"), json.loads((tmp_path / "g.json").read_text())
+    with np.load(tmp_path / "g.npz") as f:
+        saved = {name: f[name] for name in f.files}
+    n = len(saved["row"])
+    assert saved["generated flow"].shape == (n, 4, 11, 14, 14) and saved["generated other"].shape == (n, 2, 11, 14, 14) and saved["truth"].dtype == np.float16
+    with h5py.File(store) as f:
+        for i, (row, t) in enumerate(zip(saved["row"], saved["start"])):
+            assert row in test.rows and np.array_equal(saved["truth"][i], f["brightness_temp"][row, t:t + 13]) and t + 13 <= f["signal_end"][row]
+            assert saved["redshifts"][i] == pytest.approx(f["redshifts"][row, t:t + 13]) and saved["parameters"][i] == pytest.approx(f["parameters"][row])
+        cell = f["cell_mpc"][0]
+    assert np.abs(saved["redshifts"][:, 0] - np.repeat([12, 9], [p["lightcones"] for p in report["redshifts"]])).max() < 0.3
+    i, net = n - 1, load_generator(root / "flow-seed1")
+    slices, conditions = test.read(saved["row"][i], saved["start"][i], 2)
+    seed = nano_eval.draw_seed(42, int(saved["row"][i]), int(saved["start"][i]))
+    drawn = net.generate(slices[None], conditions[None], 11, bins=235, seeds=[seed], samples=2, slide=5, method="midpoint", steps=2)
+    drawn = denormalise(torch.stack(list(drawn), dim=2))[0]
+    assert saved["generated flow"][i, 2:] == pytest.approx(drawn.numpy(), rel=2e-2, abs=0.1) and drawn.std() > 0.1
+    panel = report["redshifts"][1]
+    here = range(n - panel["lightcones"], n)
+    names = [m["name"] for m in panel["methods"]]
+    assert panel["z"] == 9 and names == ["truth", "flow", "other", "last given slice"]
+    true = np.mean([power_spectrum(saved["truth"][i, 2:].astype(np.float32), cell)[1] for i in here], 0)
+    flow = np.mean([power_spectrum(cube.astype(np.float32), cell)[1] for i in here for cube in saved["generated flow"][i]], 0)
+    still = np.mean([power_spectrum(saved["truth"][i, 1:2].astype(np.float32), cell)[1] for i in here], 0)
+    for m, power in zip(panel["methods"], (true, flow, None, still)):
+        if power is not None:
+            assert m["power"] == pytest.approx(power, rel=1e-3) and m["ratio"] == pytest.approx(power / true, rel=1e-3)
+            assert m["within a factor 2"] == [0.5 <= r <= 2 for r in m["ratio"]]
+    assert panel["methods"][2]["mean"] == pytest.approx(saved["generated other"][list(here)].astype(float).mean(), rel=1e-3, abs=1e-3)
+    printed = capsys.readouterr()
+    assert "z = 3 is left out" in printed.err and f"{sum(panel['methods'][1]['within a factor 2'])}/{len(panel['k'])}" in printed.out
+    assert all((tmp_path / f"g-{kind}.{suffix}").stat().st_size > 8000 for kind in ("statistics", "slices-1", "sections-1") for suffix in ("png", "pdf"))
+
+
+def test_statistics_of_known_slices():
+    """Fields of 1.3 and 1.8 times the true amplitude have 1.69 and 3.24 times its power, in every bin of k and every lightcone: one within a factor 2, one not."""
+    true = 10 * np.random.default_rng(0).normal(size=(6, 1, 3, 14, 14)) - 5
+    methods = [{"name": name, "runs": [], "slices": np.repeat(a * true, samples, 1)} for name, a, samples in (("truth", 1, 1), ("near", 1.3, 2), ("far", 1.8, 1))]
+    methods.append({"name": "uneven", "runs": [], "slices": true * np.linspace(0.5, 2, 6)[:, None, None, None, None]})
+    panel = nano_eval.compare_slices(10.0, methods, [0, 1, 2, 3, 4, 5], 2.0)
+    truth, near, far, uneven = nano_eval.statistics_report(panel, methods)["methods"]
+    assert truth["ratio"] == pytest.approx(np.ones(len(panel["k"]))) and truth["std"] == pytest.approx(10, rel=0.1) and truth["mean"] == pytest.approx(-5, abs=1)
+    for m, ratio, good in ((near, 1.69, True), (far, 3.24, False)):
+        assert all(m[k] == pytest.approx(np.full(len(panel["k"]), ratio), rel=1e-3) for k in ("ratio", "low", "high"))
+        assert set(m["within a factor 2"]) == {good} and set(m["share of lightcones within"]) == {float(good)}
+    assert all(low < ratio < high for low, ratio, high in zip(uneven["low"], uneven["ratio"], uneven["high"]))
+    inside = [0.5 <= a ** 2 <= 2 for a in np.linspace(0.5, 2, 6)]
+    assert uneven["share of lightcones within"] == pytest.approx(np.full(len(panel["k"]), np.mean(inside)))
+    width = panel["edges"][1] - panel["edges"][0]
+    assert (panel["found"][0]["density"].sum(1) * width).min() > 0.99
+
+
+def test_bad_input_of_generation(generators, tmp_path, capsys):
+    root, store = generators
+    run = root / "flow-seed0"
+
+    def error(command, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            run_eval(command, *arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    def changed(name, **settings):
+        shutil.copytree(run, tmp_path / name)
+        s = json.loads((run / "config.json").read_text())["settings"] | settings
+        (tmp_path / name / "config.json").write_text(json.dumps({"settings": s}))
+        return tmp_path / name
+
+    assert "is a run of train_l3m.py regress: evaluate it with `eval.py regress`" in error("generate", root / "small-seed0")
+    assert "is no run directory of train_l3m.py" in error("next-patch", tmp_path)
+    assert "--context must be at least 2" in error("generate", run, "--context", 1)
+    assert "--slices must be at least 1" in error("generate", run, "--slices", 0)
+    assert "a slide of 11 slices does not fit a window of 12: choose 1 to 10" in error("generate", run, "--slide", 11, "--redshifts", 10)
+    assert "from any of these redshifts on: choose other --redshifts" in error("generate", run, "--redshifts", 3, 90)
+    assert "nowhere.h5, the lightcones of the run, is not there" in error("next-patch", changed("moved", data=str(tmp_path / "nowhere.h5")))
+    assert "was trained on other lightcones" in error("next-patch", run, tmp_path / "moved")
+    assert "holds 235 slices of 14 x 14, the runs were trained on 2350 of 140 x 140" in error("generate", changed("paper", T=2350, sky=140))
+    (changed("silent") / "metrics.jsonl").unlink()
+    assert "has no validation loss in its metrics.jsonl" in error("next-patch", tmp_path / "silent")
+    weights = changed("damaged") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert "is damaged" in error("next-patch", tmp_path / "damaged", "--max-windows", 1)
+    assert not list(tmp_path.glob("*/next-patch*")) and not list(tmp_path.glob("*/generate-*")) and not list(root.glob("flow-seed0/generate-*"))

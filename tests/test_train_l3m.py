@@ -1,4 +1,4 @@
-"""train_l3m.py regress: exactly the interleaved updates, the same run whatever the number of processes, the same run after any kill."""
+"""train_l3m.py: regress makes exactly the interleaved updates, generate exactly those of AdamW; the same run whatever the number of processes, and after any kill."""
 import json
 import math
 import os
@@ -90,7 +90,7 @@ def test_interleaved_updates(chatty, signals, tmp_path, monkeypatch):  # noqa: F
     connector, each clipped on its own; not a bit of the backbone changes."""
     built = []
     monkeypatch.setattr(train_l3m, "build_regressor", lambda *a: built.append(connectors.build_regressor(*a)) or built[-1])
-    monkeypatch.setattr(train_l3m, "CLIP", 0.5)                          # so that it matters
+    monkeypatch.setitem(train_l3m.CLIP, "regress", 0.5)                  # so that it matters
     train_l3m.main(flags(chatty, signals, tmp_path / "run", "--init", "pretrained", "--dropout", "0", "--max-steps", "6", "--micro-batch", "3"))
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     regressor = connectors.build_regressor(settings)
@@ -142,7 +142,7 @@ def test_the_result_is_the_best_validation(undisturbed, signals):
     assert loss == pytest.approx(min(losses(undisturbed, "validation_loss")), abs=1e-5)
     assert [m["step"] for m in metrics(undisturbed) if "validation_loss" in m] == [0, 4, 8, 12, 14]
     assert [m["step"] for m in metrics(undisturbed) if "loss" in m] == list(range(1, 15))
-    assert set(metrics(undisturbed)[1]) == {"step", "epoch", "loss", "lr", "grad_norm", "grad_norm_output", "samples_per_s", "memory_gb"}
+    assert set(metrics(undisturbed)[1]) == {"step", "epoch", "loss", "lr", "grad_norm", "grad_norm_output", "samples_per_s", "data_wait", "memory_gb"}
     assert sorted(p.name for p in undisturbed.glob("checkpoint-*")) == ["checkpoint-0000012", "checkpoint-0000014"]
 
 
@@ -182,12 +182,12 @@ def test_three_processes_equal_one(chatty, signals, tmp_path):  # noqa: F811
     assert all(torch.allclose(one[k], three[k], atol=1e-3) for k in one)
 
 
-def test_kill_9_and_resume(chatty, signals, undisturbed, tmp_path):  # noqa: F811
+def run_killed(command, out):
+    """The command with --resume, killed with all its processes up to three times, a random instant after it made its directory; then let go on to its end."""
     draw, kills = random.Random(0), 0
     while True:
-        process = subprocess.Popen([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "run", "--resume")], env=ENVIRONMENT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (tmp_path / "run").exists() and kills < 3:
+        process = subprocess.Popen([str(c) for c in (*command, "--resume")], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not out.exists() and kills < 3:
             time.sleep(0.01)                                                              # importing torch takes longer than the run
         try:
             assert process.wait(timeout=draw.uniform(0.1, 0.6) if kills < 3 else 120) == 0
@@ -196,10 +196,18 @@ def test_kill_9_and_resume(chatty, signals, undisturbed, tmp_path):  # noqa: F81
             kill_tree(process)
             kills += 1
     assert kills >= 1
-    assert equal(trained(undisturbed), trained(tmp_path / "run")) and equal(last(undisturbed), last(tmp_path / "run"))
+
+
+def same_run(one, two):
+    """The same weights and losses, bit for bit, and nothing half-written."""
     for key in ("step", "loss", "validation_loss"):
-        assert losses(undisturbed, key) == losses(tmp_path / "run", key)
-    assert not list((tmp_path / "run").glob("tmp-*"))
+        assert losses(one, key) == losses(two, key)
+    return equal(trained(one), trained(two)) and equal(last(one), last(two)) and not list(two.glob("tmp-*"))
+
+
+def test_kill_9_and_resume(chatty, signals, undisturbed, tmp_path):  # noqa: F811
+    run_killed([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "run")], tmp_path / "run")
+    assert same_run(undisturbed, tmp_path / "run")
 
 
 def test_sigterm_saves_and_several_seeds_go_on(chatty, signals, undisturbed, tmp_path):  # noqa: F811
@@ -330,3 +338,206 @@ def test_demo(tmp_path, monkeypatch, capfd):
         assert part in printed
     assert (tmp_path / "demo" / "small" / "model.safetensors").exists() and (tmp_path / "demo" / "random" / "model.safetensors").exists()
     assert json.loads((tmp_path / "demo" / "random" / "config.json").read_text())["settings"]["blocks"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """12 lightcones of 8 x 8 x 94: 10 to train, which make 40 sublightcones, one to validate (4), one to test."""
+    path = tmp_path_factory.mktemp("store") / "lightcones.h5"
+    data_lightcone.simulate(path, 12, sky=8, bins=94, workers=1, tau_sigma=1e9, max_x_hi=1.0)
+    return path
+
+
+def generation(base, data, out, *more):
+    """8 steps of 8 sublightcones, five an epoch, validated every third step."""
+    return ["generate", "--base", str(base), "--data", str(data), "--out", str(out), "--init", "random", "--patch", "4", "--device", "cpu", "--dtype", "float32", "--batch-size", "8",
+            "--max-steps", "8", "--lr", "1e-3", "--dropout", "0.1", "--checkpoint-every", "3", "--log-every", "1", "--validate-every", "0.6", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def generated(chatty, store, tmp_path_factory):
+    """A run with dropout that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "generated"
+    run([sys.executable, SCRIPT, *generation(chatty, store, out)])
+    return out
+
+
+def settings_of(out):
+    return json.loads((out / "config.json").read_text())["settings"]
+
+
+def test_generation_updates(chatty, store, tmp_path, monkeypatch):
+    """Three steps of the loop, in passes of three sublightcones, against the plain ones: mean loss of the batch, clipping, AdamW without decay on biases."""
+    monkeypatch.setitem(train_l3m.CLIP, "generate", 0.5)                 # so that it matters
+    monkeypatch.setattr(train_l3m, "WEIGHT_DECAY", 3.0)
+    train_l3m.main(generation(chatty, store, tmp_path / "run", "--dropout", "0", "--max-steps", "3", "--micro-batch", "3", "--warmup", "0", "--decay", "0"))
+    generator = connectors.build_generator(settings_of(tmp_path / "run"))
+    start, named = {name: p.detach().clone() for name, p in generator.trained().items()}, generator.trained()
+    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": 0.0 if name.endswith(".bias") else 3.0} for name, p in named.items()], lr=1e-3, betas=(0.9, 0.999))
+    data, norms, expected = data_lightcone.SubLightcones(store, "train"), [], []
+    for step in range(3):
+        batch = generator.draw(data, [(0, int(i)) for i in train_l3m.batch_rows(40, 8, 0, step)])
+        loss = generator(*batch).mean()
+        generator.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(named.values(), 0.5)))
+        optimizer.step()
+        expected.append(loss.item())
+    assert max(norms) > 0.5
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4) and losses(tmp_path / "run", "grad_norm") == pytest.approx(norms, rel=1e-2)
+    for name, tensor in last(tmp_path / "run").items():
+        moved = (named[name].detach() - start[name]).norm()
+        assert moved > 0 and (tensor - named[name]).norm() < 0.02 * moved, name
+
+
+def test_a_small_step_changes_norms_and_all_that_is_trained(chatty, store, tmp_path):
+    """One step at the paper's 5e-5 with a bfloat16 backbone: in bfloat16 a norm's weight of 1 would stay what it is."""
+    train_l3m.main(generation(chatty, store, tmp_path / "run", "--max-steps", "1", "--lr", "5e-5", "--dtype", "bfloat16"))
+    start, tensors = connectors.build_generator(settings_of(tmp_path / "run")).trained(), last(tmp_path / "run")
+    assert len([name for name in tensors if name.endswith("norm.weight")]) == 5 and all(t.dtype == torch.float32 for t in tensors.values())
+    unchanged = [name for name, t in tensors.items() if torch.equal(t, start[name])]
+    assert not [name for name in unchanged if not name.endswith("lora_A")], unchanged          # which has no gradient while lora_B is zero, and decays by a 20 millionth
+
+
+def test_generation_learns_and_keeps_the_best(generated, store):
+    """model.safetensors gives the lowest validation loss of metrics.jsonl, on draws that are fixed."""
+    values = losses(generated, "validation_loss")
+    assert [m["step"] for m in metrics(generated) if "validation_loss" in m] == [0, 3, 6, 8] and min(values) < values[0] - 0.1
+    assert set(metrics(generated)[1]) == {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_s", "data_wait", "memory_gb"}
+    assert all(0 <= m["data_wait"] < 1 for m in metrics(generated) if "loss" in m)
+    generator = connectors.load_generator(generated)
+    settings = generator.settings
+    assert settings["experiment"] == "generate" and (settings["T"], settings["sky"], settings["patch"], settings["hidden_size"]) == (94, 8, 4, 48)
+    assert {"init", "base", "blocks", "tune", "rank", "seed", "split_seed", "data", "dropout", "dtype"} <= set(settings)
+    held = data_lightcone.SubLightcones(settings["data"], "validation", seed=settings["split_seed"])
+    with torch.no_grad():
+        assert generator(*generator.draw(held, [(0, i) for i in range(len(held))])).mean().item() == pytest.approx(min(values), abs=1e-5)
+
+
+def test_generation_three_processes_equal_one(chatty, store, tmp_path):
+    """Batches of 13 leave unequal shares, and the fourth of an epoch has one sublightcone for three processes; passes of 3 and of all are the same step."""
+    more = ["--dropout", "0", "--batch-size", "13", "--max-steps", "5"]
+    run([sys.executable, SCRIPT, *generation(chatty, store, tmp_path / "one", *more, "--micro-batch", "3")])
+    run([*TORCHRUN, "--nproc_per_node=3", SCRIPT, *generation(chatty, store, tmp_path / "three", *more)])
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "three", key), rel=2e-3), key
+    one, three = last(tmp_path / "one"), last(tmp_path / "three")
+    assert all(torch.allclose(one[k], three[k], atol=2e-3) for k in one)
+
+
+def test_generation_kill_9_and_resume(chatty, store, generated, tmp_path):
+    run_killed([sys.executable, SCRIPT, *generation(chatty, store, tmp_path / "run")], tmp_path / "run")
+    assert same_run(generated, tmp_path / "run")
+
+
+def test_keys_of_the_draws(chatty, store, tmp_path, monkeypatch):
+    """Each epoch draws every sublightcone once, under its own number of the epoch; each seed has epochs of its own; validation draws never change."""
+    read, seen = data_lightcone.SubLightcones.__getitem__, {"train": [], "validation": []}
+    monkeypatch.setattr(data_lightcone.SubLightcones, "__getitem__", lambda self, key: seen[self.split].append(key) or read(self, key))
+    train_l3m.main(generation(chatty, store, tmp_path / "run", "--max-steps", "6", "--seeds", "0", "2"))
+    assert len(seen["train"]) == 2 * 48 and len(set(seen["train"])) == 96
+    for seed, keys in ((0, seen["train"][:48]), (2, seen["train"][48:])):
+        assert sorted(keys[:40]) == [(1_000_000 * seed, i) for i in range(40)] and {epoch for epoch, _ in keys[40:]} == {1_000_000 * seed + 1}
+    assert seen["validation"] == [(0, i) for i in range(4)] * (len(seen["validation"]) // 4)
+
+
+def test_draws_belong_to_the_sublightcone(store):
+    """Noise and times: functions of the key, whatever else is in the batch; different for another epoch, number or split."""
+    generator = connectors.build_generator(dict(init="small", base=None, blocks=None, tune="full", rank=None, patch=4, seed=0, dropout=0.0, dtype="float32"))
+    train, validation = (data_lightcone.SubLightcones(store, split) for split in ("train", "validation"))
+    keys = [(0, 1), (0, 2), (1, 1)]
+    whole, alone = generator.draw(train, keys), [generator.draw(train, [key]) for key in keys]
+    assert [tuple(t.shape) for t in whole] == [(3, 12, 8, 8), (3, 7), (3, 10, 4, 4, 4), (3, 10, 4)]
+    assert all(torch.equal(t[i], one[0]) for i in range(3) for t, one in zip(whole, alone[i]))
+    noise = torch.stack([*whole[2], *generator.draw(validation, [(0, 1)])[2]])
+    assert len({round(float(e.sum()), 4) for e in noise}) == 4 and abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert 0 <= whole[3].min() and whole[3].max() < 1 and abs(whole[3].mean() - 0.5) < 0.1
+
+
+def test_ahead_works_on_the_next_item_meanwhile():
+    import threading
+    begun = [threading.Event() for _ in range(3)]
+    def work(i):
+        begun[i].set()
+        if i == 2:
+            raise OSError("the disk is gone")
+        return i
+    results = train_l3m.ahead(work, range(3))
+    assert next(results) == 0 and begun[1].wait(5) and not begun[2].is_set()
+    assert next(results) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(results)
+    assert list(train_l3m.ahead(work, [])) == []
+
+
+@pytest.mark.parametrize("more, expected", [
+    ("--base qwen2.5-0.5b", 2_182_409), ("--base qwen2.5-0.5b --rank 8 --init random", 5_481_737), ("--base qwen2.5-0.5b --tune full", 358_936_841),
+    ("--init small", 2_175_625), ("--init large", 5_505_033)])
+def test_generation_dry_run(more, expected, capsys):
+    train_l3m.main(["generate", "--dry-run", "--data", "nowhere", "--micro-batch", "1", *more.split()])
+    report = json.loads(capsys.readouterr().out)
+    groups = report["trainable_by_group"]
+    assert report["trainable_parameters"] == sum(groups.values()) == expected and groups["velocity"] == 494_465 and report["sky"] == 140
+    if "qwen" in more:
+        assert groups["tokens"] == 4 * 896 and groups["patch_connector"] == 197 * 896 and groups["output_connector"] == 897 * 392
+    assert groups.get("norms") == (49 * 896 if expected < 10**7 and "qwen" in more else groups.get("norms"))
+
+
+def test_generation_dry_run_of_a_store(store, capsys):
+    """Steps and memory: what autograd keeps of a real pass is bounded by what is counted on the meta device, and not far below."""
+    command = ["generate", "--dry-run", "--init", "small", "--data", str(store), "--patch", "4", "--epochs", "3", "--batch-size", "16", "--micro-batch", "6"]
+    reports = []
+    for more in ([], ["--checkpoint-activations"]):
+        train_l3m.main([*command, *more])
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0]["steps"] == 9 and reports[0]["train_sublightcones"] == 40 and reports[0]["sky"] == 8
+    settings = dict(init="small", base=None, blocks=None, tune="full", rank=None, patch=4, seed=0, dropout=0.0, dtype="float32")
+    generator = connectors.build_generator(settings)
+    batch = generator.draw(data_lightcone.SubLightcones(store, "train"), [(0, i) for i in range(6)])
+    real = (train_l3m.kept_bytes(lambda: generator(*batch), generator) + 16 * reports[0]["trainable_parameters"]) / 1e9
+    assert 0.95 * real < reports[0]["memory_gb"] < 1.5 * real and reports[1]["memory_gb"] < reports[0]["memory_gb"] - 0.02
+
+
+def test_generation_arguments():
+    args = train_l3m.arguments(["generate"])
+    assert (args.batch_size, args.epochs, args.lr, args.warmup, args.decay, args.dropout, args.tune, args.rank, args.patch) == (64, 20, 5e-5, 1, 2, 0.01, "lora", 2, 14)
+    assert train_l3m.CLIP["generate"] == 1.0 and train_l3m.WEIGHT_DECAY == 1e-3
+    small = train_l3m.arguments(["generate", "--init", "small"])
+    assert (small.tune, small.rank) == ("full", None)
+    train_l3m.check_patch(args, 140)
+    assert args.micro_batch == 2                                                              # 2,000 patches
+
+
+def test_generation_refusals(chatty, tiny, store, tmp_path, capfd):  # noqa: F811
+    def error(*more, data=store, base=chatty):
+        with pytest.raises(SystemExit) as stop:
+            train_l3m.main(generation(base, data, tmp_path / "new", *more))
+        assert stop.value.code == 2 and not (tmp_path / "new" / "checkpoint-0000000").exists()
+        return capfd.readouterr().err.strip().splitlines()[-1]
+    assert "patches of 3 x 3 do not divide its slices of 8 x 8: choose a --patch that divides 8" in error("--patch", "3")
+    data_lightcone.simulate(tmp_path / "two.h5", 2, sky=8, bins=47, workers=1, tau_sigma=1e9, max_x_hi=1.0)
+    assert "at least 3 are needed" in error(data=tmp_path / "two.h5")
+    data_lightcone.simulate(tmp_path / "short.h5", 3, sky=8, bins=20, workers=1, tau_sigma=1e9, max_x_hi=1.0)
+    assert "no chunk of 24 slices in the train part" in error(data=tmp_path / "short.h5")
+    assert "nothing.h5" in error(data=tmp_path / "nothing.h5")
+    assert "does not know <|im_start|>" in error(base=tiny[0])
+    assert "shape without a tokenizer" in error(base="smollm2-135m")
+    assert "it has neither --blocks nor --tune lora" in error("--init", "small", "--blocks", "2")
+    assert "--rank is of the adapters" in error("--tune", "full", "--rank", "2")
+    assert "--rank must be at least 1" in error("--rank", "0") and "--validate-every above 0" in error("--validate-every", "0")
+
+
+def test_generation_demo(tmp_path, monkeypatch, capfd):
+    """The demo's path with fewer lightcones and steps; as it is, it takes minutes."""
+    simulate, call = data_lightcone.simulate, subprocess.run
+    monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 20, **how))
+    monkeypatch.setattr(train_l3m.subprocess, "run", lambda command, **how: call(
+        [*map(str, command), *(["--max-steps", "3", "--eval-samples", "8"] if "--lr" in command else ["--redshifts", "12", "--slices", "2"])], **how))
+    train_l3m.main(["generate", "--demo", "--out", str(tmp_path / "demo")])
+    printed = capfd.readouterr().out
+    for part in ("a stand-in, not 21cmFAST", "2,124,673 trained parameters", "z = 12", "Everything is in"):
+        assert part in printed
+    assert list((tmp_path / "demo" / "small").glob("*slices*.png")) and (tmp_path / "demo" / "small" / "model.safetensors").exists()
