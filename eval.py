@@ -1947,7 +1947,7 @@ def draw_slices(methods, truth, z, here, path):
     plt = pyplot()
     n = methods[0]["slices"].shape[2]
     S, which, names = truth.shape[1] - n, sorted({0, n // 2, n - 1}), [name for name, _ in pictures(methods, here[0])]
-    fig = plt.figure(figsize=(1 + 1.25 * len(here) * (1 + len(which)), 1.3 + 1.25 * len(names)), layout="constrained")
+    fig = plt.figure(figsize=(1 + 1.25 * len(here) * (1 + len(which)), 1.5 + 1.25 * len(names)), layout="constrained")
     for part, i in zip(np.atleast_1d(fig.subfigures(1, len(here))), here):
         axes = part.subplots(len(names), 1 + len(which), squeeze=False)
         draw_temperature(part, axes, (image for _, cube in pictures(methods, i) for image in (truth[i, S - 1].astype(np.float32), *cube[which])), truth[i])

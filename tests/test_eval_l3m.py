@@ -321,7 +321,7 @@ def test_generate(generators, tmp_path, capsys):
     """Saved slices are those of Generator.generate with the true context, indices and seeds, beyond the window, too; the report is that of the saved slices."""
     root, store = generators
     run_eval("generate", root / "flow-seed0", root / "flow-seed1", root / "other-seed0", "--slices", 11, "--slide", 5, "--samples", 2, "--lightcones", 0,
-             "--redshifts", 12, 9, 3, "--batch-size", 3, "--out", tmp_path / "g")
+             "--redshifts", 12, 9, 3, "--batch-size", 3, "--figures", 1, "--out", tmp_path / "g")
     test, report = SubLightcones(store, "test"), json.loads((tmp_path / "g.json").read_text())
     with np.load(tmp_path / "g.npz") as f:
         saved = {name: f[name] for name in f.files}
