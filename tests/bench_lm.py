@@ -13,7 +13,8 @@ train          LoRA on all matrices, r 8, alpha 32, dropout 0.05, AdamW on float
 train_grouped  the same (ours unchanged) against the peer with batches of similar length, from windows of 50 batches
 nf4, nf4_grouped  the same on a 4-bit base; the peer prepares its model as the QLoRA recipe says (prepare_model_for_kbit_training)
 nf4_unsloth    with nf4, on a GPU, where unsloth can be imported: against unsloth (dropout 0: its fast kernels want that)
-losses, losses_nf4  each step's loss at dropout 0 from the same initial adapter, the first 20 of a run of 100 steps: the largest difference
+losses, losses_nf4  each step's loss at dropout 0 from the same initial adapter, the first 20 of a run of 100 steps: the largest difference (the peer
+               then keeps its norms and residuals in bfloat16, as ours does)
 generate       completions of the first halves of 32 abstracts, temperature 0.7, top_k 50; the peer's batch is padded on the left
 load           the checkpoint into NF4; it is in the page cache as far as that holds it
 prepare, prepare_all  data_arxiv.prepare of --gb gigabytes like the snapshot, made of the records in FILE: hep-th, hep-ph and gr-qc, then cs
@@ -212,7 +213,7 @@ def train_peer(t):
     import torch
     device, dtype = place(t)
     model = load_unsloth(t.base, dtype, t.checkpointing) if t.library == "unsloth" else \
-        load_peer(t.base, device, dtype, t.quantize, t.dropout, t.checkpointing)
+        load_peer(t.base, device, dtype, t.quantize, t.dropout, t.checkpointing, prepare=not t.same_start)
     if t.same_start:
         copy_initial_adapter(model, t.base)
     trained = [p for p in model.parameters() if p.requires_grad]
