@@ -419,7 +419,7 @@ def test_generation_learns_and_keeps_the_best(generated, store):
 
 def test_generation_three_processes_equal_one(chatty, store, tmp_path):
     """Batches of 13 leave unequal shares, and the fourth of an epoch has one sublightcone for three processes; passes of 3 and of all are the same step."""
-    more = ["--dropout", "0", "--batch-size", "13", "--max-steps", "5"]
+    more = ["--dropout", "0", "--batch-size", "13", "--max-steps", "4", "--validate-every", "1"]
     run([sys.executable, SCRIPT, *generation(chatty, store, tmp_path / "one", *more, "--micro-batch", "3")])
     run([*TORCHRUN, "--nproc_per_node=3", SCRIPT, *generation(chatty, store, tmp_path / "three", *more)])
     for key in ("loss", "grad_norm", "validation_loss"):
