@@ -9,7 +9,7 @@
 
 `generate`: lightcones slice by slice, by conditional flow matching. LoRA and the norms, or the whole backbone, are trained, and a velocity network.
 
-    python train_l3m.py generate --demo                                                  # the whole path in three minutes, nothing to download
+    python train_l3m.py generate --demo                                                  # the whole path in a few minutes, nothing to download
     python train_l3m.py generate --init pretrained --tune lora --rank 8 --seeds 0 1 2    # the paper's: Qwen2.5-0.5B-Instruct, a GPU
     python train_l3m.py generate --init random --blocks 8 --base path/to/SmolLM2-135M-Instruct --batch-size 16 --max-steps 400 --validate-every 0.1  # a laptop
     python train_l3m.py generate --init small                                            # a reference network, trained from scratch
@@ -531,7 +531,7 @@ def generate_demo(args):
     store, script, evaluation = out / "lightcones.h5", Path(__file__).resolve(), Path(__file__).resolve().with_name("eval.py")
     print("1. 100 lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
     data_lightcone.simulate(store, 100, sky=16, tau_sigma=1e9, max_x_hi=1.0)
-    print("2. The small reference network, trained from scratch for two minutes: structure shows, the paper's quality takes a GPU and days", flush=True)
+    print("2. The small reference network, trained from scratch: 120 steps, a taste of it", flush=True)
     subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "16", "--max-steps", "120", "--epochs", "2",
                     "--lr", "1e-3", "--dropout", "0", "--eval-samples", "64", "--validate-every", "0.3", "--out", out / "small"], check=True)
     print("3. Test lightcones, continued from their first slices", flush=True)
