@@ -72,7 +72,7 @@ def without(x, where):
     """x with zeros where draw_dropped chose."""
     if where is None:
         return x
-    return x.masked_fill(where, 0) if where.dtype == torch.bool else x.view(-1).index_fill(0, where, 0).view(x.shape)
+    return x.masked_fill(where, 0) if where.dtype == torch.bool else x.reshape(-1).index_fill(0, where, 0).view(x.shape)
 
 
 def add_lora(layer, inputs, y):

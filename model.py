@@ -249,7 +249,8 @@ class Decoder(nn.Module):
         ids (B, T) int64, or embeds (B, T, C) in their place. positions (T,) or (B, T), default 0..T-1 (after what the cache holds).
         lengths: with B = 1, T is a row of sequences of these lengths (summing to T) laid end to end; none sees another, and the
         default positions restart at each. Padding on the right of a batch needs no mask: under causal attention nothing sees it.
-        cache: a KVCache, which grows by T; attention is then causal. With `lengths` it must be empty, and sequence i fills its row i. causal=False: every token sees its whole sequence.
+        cache: a KVCache, which grows by T; attention is then causal. With `lengths` it must be empty, and sequence i fills its row i.
+        causal=False: every token sees its whole sequence.
         last_only: (B, 1, C), of the last position alone; the last block then computes nothing but keys and values for the others.
         Raises ValueError if lengths do not sum to T or are combined with a cache that is not empty, with B > 1 or with last_only."""
         x = self.embed_tokens(ids) if embeds is None else embeds

@@ -507,13 +507,19 @@ def generate_dry_run(args):
 # ========================================================================================================== demo
 
 
+def demo_store(out, n):
+    """A fresh directory `out` with a store of n small lightcones -> (the store, this script, eval.py)."""
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"1. {n} lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
+    data_lightcone.simulate(out / "lightcones.h5", n, sky=16, tau_sigma=1e9, max_x_hi=1.0)
+    script = Path(__file__).resolve()
+    return out / "lightcones.h5", script, script.with_name("eval.py")
+
+
 def regress_demo(args):
     """The whole path on the built-in fast simulator: lightcones, the small reference, a random language-model backbone, the table and the figures."""
     out = Path(args.out or "out/demo-l3m")
-    shutil.rmtree(out, ignore_errors=True)
-    store, script, evaluation = out / "lightcones.h5", Path(__file__).resolve(), Path(__file__).resolve().with_name("eval.py")
-    print("1. 400 lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
-    data_lightcone.simulate(store, 400, sky=16, tau_sigma=1e9, max_x_hi=1.0)
+    store, script, evaluation = demo_store(out, 400)
     common = [sys.executable, script, "regress", "--data", store, "--batch-size", "64", "--dropout", "0", "--no-duplicate"]
     print("2. The small reference network, trained from scratch", flush=True)
     subprocess.run([*common, "--init", "small", "--epochs", "100", "--lr", "3e-3", "--out", out / "small"], check=True)
@@ -527,10 +533,7 @@ def regress_demo(args):
 def generate_demo(args):
     """The whole path on the built-in fast simulator: lightcones, the small reference, slices that it generates beside the truth."""
     out = Path(args.out or "out/demo-generate")
-    shutil.rmtree(out, ignore_errors=True)
-    store, script, evaluation = out / "lightcones.h5", Path(__file__).resolve(), Path(__file__).resolve().with_name("eval.py")
-    print("1. 100 lightcones of the fast simulator (a stand-in, not 21cmFAST), extreme histories kept", flush=True)
-    data_lightcone.simulate(store, 100, sky=16, tau_sigma=1e9, max_x_hi=1.0)
+    store, script, evaluation = demo_store(out, 100)
     print("2. The small reference network, trained from scratch: 120 steps, a taste of it", flush=True)
     subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "16", "--max-steps", "120", "--epochs", "2",
                     "--lr", "1e-3", "--dropout", "0", "--eval-samples", "64", "--validate-every", "0.3", "--out", out / "small"], check=True)

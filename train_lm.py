@@ -512,12 +512,12 @@ def main(argv=None):
     except subprocess.CalledProcessError as e:
         fail(f"a part of the demo failed, see above ({Path(e.cmd[1]).name})")
     except torch.OutOfMemoryError:
-        fail(f"out of memory: lower --micro-batch (now {args.micro_batch})")
+        fail(f"out of memory: lower --micro-batch (now {args.micro_batch}) or add --checkpoint-activations")
     except (ValueError, OSError) as e:
         fail(e)
     except RuntimeError as e:
         if "not enough memory" in str(e) or "can't allocate memory" in str(e):
-            fail(f"out of memory: lower --micro-batch (now {args.micro_batch})")
+            fail(f"out of memory: lower --micro-batch (now {args.micro_batch}) or add --checkpoint-activations")
         raise
 
 

@@ -1,4 +1,5 @@
 """Shared by all tests: the project on the import path, and the real inputs where they are."""
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"          # real inputs, beside the repository; a user's clone has none
 sys.path.insert(0, str(ROOT))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}            # of the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -94,3 +96,15 @@ def kill_tree(process):
             pass
     process.wait()
     psutil.wait_procs(family, timeout=20)
+
+
+def run(command, check=True):
+    """A command with one thread a process -> what it left; it must succeed if `check`."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(out):
+    """The whole lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -194,21 +194,31 @@ def test_own_lightcone_of_21cmfast(runs, tmp_path, capsys, monkeypatch):
     assert alone["parameters"] == with_store["parameters"] and "is not there" in capsys.readouterr().err
 
 
+def refusal(capsys, function, *arguments):
+    """The one line that a refused command leaves; its exit status is 2."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def copy_run(run, to, **settings):
+    """A copy of a run directory with other settings in its config.json -> `to`."""
+    shutil.copytree(run, to)
+    s = json.loads((run / "config.json").read_text())["settings"] | settings
+    (to / "config.json").write_text(json.dumps({"settings": s}))
+    return to
+
+
 def test_bad_input(runs, tmp_path, capsys):
     root, store = runs
     run = root / "small-seed0"
 
     def error(*arguments, command="regress"):
-        with pytest.raises(SystemExit) as stop:
-            nano_eval.main([command, *map(str, arguments)])
-        assert stop.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        return refusal(capsys, nano_eval.main, [command, *map(str, arguments)])
 
     def changed(name, **settings):
-        shutil.copytree(run, tmp_path / name)
-        s = json.loads((run / "config.json").read_text())["settings"] | settings
-        (tmp_path / name / "config.json").write_text(json.dumps({"settings": s}))
-        return tmp_path / name
+        return copy_run(run, tmp_path / name, **settings)
 
     assert "is a run of train_l3m.py regress: evaluate it with `eval.py regress`" in error(run, command="perplexity")
     assert "is a run of train_l3m.py regress: evaluate it with `eval.py regress`" in error(run, command="compare")
@@ -260,7 +270,7 @@ def generators(runs):
         yield root, store
 
 
-def run_eval(command, *arguments):
+def evaluate(command, *arguments):
     nano_eval.main([command, *map(str, arguments), "--device", "cpu", "--method", "midpoint", "--steps", "2"])
 
 
@@ -287,7 +297,7 @@ def test_squared_errors_of_a_known_error(runs):
 def test_next_patch(generators, tmp_path, capsys):
     """Errors of a group of two seeds against patches drawn one by one; of the copy against the store itself; printed, written and drawn."""
     root, store = generators
-    run_eval("next-patch", root / "flow-seed0", root / "other-seed0", root / "flow-seed1", "--max-windows", 4, "--batch-size", 3, "--out", tmp_path / "n")
+    evaluate("next-patch", root / "flow-seed0", root / "other-seed0", root / "flow-seed1", "--max-windows", 4, "--batch-size", 3, "--out", tmp_path / "n")
     report, test = json.loads((tmp_path / "n.json").read_text()), SubLightcones(store, "test")
     assert [(m["name"], len(m["runs"])) for m in report["methods"]] == [("flow", 2), ("other", 1), ("copy of the previous slice", 0), ("noise", 0)]
     windows = [test.windows()[i] for i in np.random.default_rng(42).permutation(len(test.windows()))[:4]]
@@ -323,7 +333,7 @@ def test_next_patch(generators, tmp_path, capsys):
 def test_generate(generators, tmp_path, capsys):
     """Saved slices are those of Generator.generate with the true context, indices and seeds, beyond the window, too; the report is that of the saved slices."""
     root, store = generators
-    run_eval("generate", root / "flow-seed0", root / "flow-seed1", root / "other-seed0", "--slices", 11, "--slide", 5, "--samples", 2, "--lightcones", 0,
+    evaluate("generate", root / "flow-seed0", root / "flow-seed1", root / "other-seed0", "--slices", 11, "--slide", 5, "--samples", 2, "--lightcones", 0,
              "--redshifts", 12, 9, 5.2, 3, "--batch-size", 3, "--figures", 1, "--out", tmp_path / "g")
     test, report = SubLightcones(store, "test"), json.loads((tmp_path / "g.json").read_text())
     with np.load(tmp_path / "g.npz") as f:
@@ -381,17 +391,11 @@ def test_bad_input_of_generation(generators, tmp_path, capsys):
     root, store = generators
     run = root / "flow-seed0"
 
-    def error(command, *arguments):
-        with pytest.raises(SystemExit) as stop:
-            run_eval(command, *arguments)
-        assert stop.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+    def error(*arguments):
+        return refusal(capsys, evaluate, *arguments)
 
     def changed(name, **settings):
-        shutil.copytree(run, tmp_path / name)
-        s = json.loads((run / "config.json").read_text())["settings"] | settings
-        (tmp_path / name / "config.json").write_text(json.dumps({"settings": s}))
-        return tmp_path / name
+        return copy_run(run, tmp_path / name, **settings)
 
     assert "is a run of train_l3m.py regress: evaluate it with `eval.py regress`" in error("generate", root / "small-seed0")
     assert "is no run directory of train_l3m.py" in error("next-patch", tmp_path)

@@ -171,3 +171,16 @@ def test_dropout_is_bernoulli():
     assert 0.7 < counts.var() / (20000 * p * (1 - p)) < 1.4                           # chi^2 with 199 degrees of freedom: +-4 sigma
     draws = [lora.draw_dropped(x, p) for s in (1, 1, 2) if torch.manual_seed(s)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_dropout_of_one_position():
+    """Rows that are not next to each other in memory, as the last position of each sequence, can be dropped from."""
+    layer = torch.nn.Linear(8, 4)
+    lora.attach(layer, torch.randn(2, 8), torch.randn(4, 2), alpha=2, dropout=0.5)
+    x = torch.randn(3, 5, 8)[:, -1:]
+    torch.manual_seed(0)
+    strided = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(strided, layer(x.contiguous()))
+    strided.sum().backward()
+    assert layer.lora_A.grad.norm() > 0

@@ -1,7 +1,6 @@
 """train_l3m.py: regress makes exactly the interleaved updates, generate exactly those of AdamW; the same run whatever the number of processes, and after any kill."""
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -17,12 +16,11 @@ from safetensors.torch import load_file
 import connectors
 import data_lightcone
 import train_l3m
-from conftest import ROOT, kill_tree
+from conftest import ENVIRONMENT, ROOT, kill_tree, metrics, run
 from test_connectors import naive_hidden
 
 SCRIPT = str(ROOT / "train_l3m.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def write_signals(path, n=40, **changes):
@@ -45,16 +43,6 @@ def flags(base, data, out, *more):
     """14 steps of 8 lightcones, four an epoch."""
     return ["regress", "--base", str(base), "--data", str(data), "--out", str(out), "--init", "random", "--prompt", "chat-trainable", "--device", "cpu", "--dtype", "float32",
             "--batch-size", "8", "--no-duplicate", "--max-steps", "14", "--lr", "1e-2", "--dropout", "0.1", "--checkpoint-every", "3", "--log-every", "1", *map(str, more)]
-
-
-def run(command, check=True):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def losses(out, key="loss"):

@@ -1,7 +1,6 @@
 """train_lm.py: the same run whatever the number of processes, the same run after any kill, the same run as peft's."""
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -15,28 +14,17 @@ from safetensors.torch import load_file
 
 import data_arxiv
 import train_lm
-from conftest import ROOT, kill_tree
+from conftest import ENVIRONMENT, ROOT, kill_tree, metrics, run
 from model import load_pretrained, load_tokenizer
 
 SCRIPT = str(ROOT / "train_lm.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def flags(tiny, out, *more):
     base, data = tiny
     return ["--base", str(base), "--data", str(data), "--out", str(out), "--subset", "s1", "--device", "cpu", "--dtype", "float32", "--batch-size", "6",
             "--micro-batch", "2", "--max-steps", "14", "--checkpoint-every", "3", "--eval-samples", "6", *more]
-
-
-def run(command, check=True):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def losses(out):
