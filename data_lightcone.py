@@ -872,13 +872,14 @@ def _run_21cmfast(jobs, workers, python, keep):
 
 # ------------------------------------------------------------------------------------------------------------------------------------- data sets for training
 
-def split_rows(n, split, seed, experiment):
+def split_rows(n, split, seed, experiment, note=""):
     """Row numbers (of n usable ones) of a split, by a seeded permutation. Regression: 3800 / 960 / 250 train / validation / test from 5,010 on (what is beyond is
-    left out), else 0.76 / 0.19 / 0.05. Generation: 250 for the test from 2,500 on, else 5%; of the rest 0.9 / 0.1. At least one of each."""
+    left out), else 0.76 / 0.19 / 0.05. Generation: 250 for the test from 2,500 on, else 5%; of the rest 0.9 / 0.1. At least one of each, or a ValueError,
+    which begins with `note`."""
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split {split!r}: must be train, validation or test")
     if n < 3:
-        raise ValueError(f"{n} usable lightcones: at least 3 are needed, one each to train, validate and test")
+        raise ValueError(f"{note or f'{n} lightcones'}: at least 3 are needed, one each to train, validate and test")
     if experiment == "regression":
         test, validation, train = (250, 960, 3800) if n >= 5010 else (max(1, round(0.05 * n)), max(1, round(0.19 * n)), n)
     else:
@@ -927,7 +928,7 @@ class GlobalSignals(torch.utils.data.Dataset):
                 parameters, passed = f["parameters"][:], f["passed"][:]
             read = lambda rows: _read_rows(path, "global_signal", rows)
         rows, self.note = usable(parameters, passed, path)
-        train, self.rows = (rows[split_rows(len(rows), s, seed, "regression")] for s in ("train", split))
+        train, self.rows = (rows[split_rows(len(rows), s, seed, "regression", self.note)] for s in ("train", split))
         shrink = lambda a: self._shrink(a, tokens, path)
         if norm is None:
             values = shrink(read(train))
@@ -983,7 +984,8 @@ class SubLightcones(torch.utils.data.Dataset):
             parameters, passed, signal_end = f["parameters"][:], f["passed"][:], f["signal_end"][:]
             self.T, self.sky = f["brightness_temp"].shape[1:3]
         rows, self.note = usable(parameters, passed, path)
-        self.rows = rows[split_rows(len(rows), split, seed, "generation")]                            # (n,) in the store
+        self.usable = len(rows)                                                                       # lightcones of all splits
+        self.rows = rows[split_rows(len(rows), split, seed, "generation", self.note)]                 # (n,) in the store
         self.path, self.split, self.seed, self.window, self.chunk, self.step = path, split, seed, window, chunk, step
         self.parameters = to_unit(parameters).astype(np.float32)                                      # (N, 6), by row of the store
         self.length = np.minimum(signal_end[self.rows] + 2 * 24, self.T)                              # (n,) slices after trimming

@@ -1637,10 +1637,13 @@ def open_slices(args):
     """What both begin with: runs of train_l3m.py generate -> groups by seed {name: [(run, settings), ...]}, SubLightcones of --split, device."""
     settings = [read_run(run, "generate") for run in args.runs]
     _, _, device = start_processes(args.device)
-    data = common_data(args, settings, ("split_seed", "T", "sky"))
+    data = common_data(args, settings, ("split_seed", "T", "sky", "usable"))
     test, (T, sky) = SubLightcones(data, args.split, seed=settings[0]["split_seed"]), (settings[0][k] for k in ("T", "sky"))
     if (test.T, test.sky) != (T, sky):
         raise ValueError(f"{data} holds {test.T} slices of {test.sky} x {test.sky}, the runs were trained on {T} of {sky} x {sky}")
+    if not args.data and test.usable != settings[0]["usable"]:
+        raise ValueError(f"{data} has {test.usable} usable lightcones; when the run was trained on it, it had {settings[0]['usable']}, so its {args.split} lightcones "
+                         "are others: take it as it was then, or, if you know that the run has not seen them, name it with --data")
     return group_seeds(args.runs, settings), test, device
 
 

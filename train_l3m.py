@@ -391,7 +391,7 @@ def generate(args):
     held = [held[i:i + args.micro_batch] for i in range(0, len(held), args.micro_batch)]
 
     for seed in args.seeds:
-        settings = run_settings(args, seed, dtype, T=train.T, sky=train.sky)
+        settings = run_settings(args, seed, dtype, T=train.T, sky=train.sky, usable=train.usable)
         run = Run(args, settings, len(train), rank, world, device, stop)
         checkpoint = open_directory(run, train=len(train), validation=len(validation), train_lightcones=len(train.rows), micro_batch=args.micro_batch)
         generator = build_generator(settings, device)

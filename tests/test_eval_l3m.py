@@ -257,7 +257,7 @@ def generators(runs):
         m.setitem(connectors.GENERATION_REFERENCES, "small", Config("qwen2", 0, 32, 48, 2, 4, 2, 8, 1e-6, 10000.0))
         m.setattr(connectors, "VelocityCNN", partial(VelocityCNN, width=8, inner=16, blocks=1))
         for name, seed, lr in (("flow-seed0", 0, 1.0), ("flow-seed1", 1, 1.0), ("other-seed0", 0, 2.0)):
-            settings = GENERATE | {"data": str(store), "seed": seed, "lr": lr}
+            settings = GENERATE | {"data": str(store), "usable": SubLightcones(store, "test").usable, "seed": seed, "lr": lr}
             (root / name).mkdir()
             (root / name / "config.json").write_text(json.dumps({"settings": settings}))
             generator = build_generator(settings)
@@ -406,6 +406,7 @@ def test_bad_input_of_generation(generators, tmp_path, capsys):
     assert "nowhere.h5, the lightcones of the run, is not there" in error("next-patch", changed("moved", data=str(tmp_path / "nowhere.h5")))
     assert "was trained on other lightcones" in error("next-patch", run, tmp_path / "moved")
     assert "holds 235 slices of 14 x 14, the runs were trained on 2350 of 140 x 140" in error("generate", changed("paper", T=2350, sky=140))
+    assert "when the run was trained on it, it had 40, so its test lightcones are others" in error("next-patch", changed("before", usable=40))
     (changed("silent") / "metrics.jsonl").unlink()
     assert "has no validation loss in its metrics.jsonl" in error("next-patch", tmp_path / "silent")
     weights = changed("damaged") / "model.safetensors"

@@ -233,7 +233,7 @@ def test_refusals(chatty, tiny, signals, undisturbed, tmp_path, capfd):  # noqa:
     assert "does not know <|im_start|>" in error(base=tiny[0]) and "use --prompt minimal" in error(base=tiny[0])
     assert "at least 3 are needed" in error(data=write_signals(tmp_path / "two.npz", n=2))
     unknown = write_signals(tmp_path / "unknown.npz", m_WDM=np.full(40, np.nan))
-    assert "at least 3 are needed" in error(data=unknown)
+    assert "with a parameter unknown: at least 3 are needed" in error(data=unknown)
     np.savez(tmp_path / "bare.npz", signal=np.zeros((9, 94)))
     assert "lacks m_WDM" in error(data=tmp_path / "bare.npz")
     assert "nothing.h5" in error(data=tmp_path / "nothing.h5")
