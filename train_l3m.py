@@ -52,7 +52,8 @@ from model import SHAPES, Decoder, load_config
 TOKENS_A_SIGNAL = 47
 CLIP = {"regress": 30.0, "generate": 1.0}                     # gradient norm of an update
 WEIGHT_DECAY = 1e-3                                           # generate: of all but biases; regress: none
-PATCHES = 2000                                                # generate: in one pass; the velocity network keeps 2 MB of each for the backward pass
+# generate: patches of 14 x 14 in one pass. The velocity network keeps 2 MB of each for the backward pass; more than these made a CPU slower.
+PATCHES = {"cpu": 160, "cuda": 2000, "mps": 2000}
 
 # ====================================================================================================== settings
 
@@ -71,7 +72,7 @@ def arguments(argv=None):
     g = experiments.add_parser("generate", help="lightcones slice by slice", formatter_class=Help,
                                description="Learn to continue a lightcone slice by slice, patch by patch, by conditional flow matching. The defaults are the paper's.")
     shared_flags(g, "sublightcones (12 slices)", batch=64, epochs="20", warmup=1, decay=2, dropout=0.01,
-                 frozen="pretrained or random weights, tuned", micro=f"about {PATCHES} patches", checkpoint=200)
+                 frozen="pretrained or random weights, tuned", micro=f"about {PATCHES['cuda']} patches of 14 x 14; on a CPU {PATCHES['cpu']}", checkpoint=200)
     g.add_argument("--tune", choices=["full", "lora"], help="of the backbone: adapters on all seven projections and the norms, or all its weights (default: lora; references full)")
     g.add_argument("--rank", type=int, help="r of LoRA, alpha = 2r (default: 2; the paper also has 8)")
     g.add_argument("--patch", type=int, default=14, help="side of a patch in cells; must divide the side of the slices")
@@ -361,11 +362,11 @@ def regress(args):
 # ==================================================================================================== generation
 
 
-def check_patch(args, sky):
-    """The patches must tile the slices; how many sublightcones a process takes at once depends on how many patches they have."""
+def check_patch(args, sky, device):
+    """The patches must tile the slices; how many sublightcones a process takes at once depends on how many cells the 10 slices of each have."""
     if sky % args.patch:
         raise ValueError(f"{args.data}: patches of {args.patch} x {args.patch} do not divide its slices of {sky} x {sky}: choose a --patch that divides {sky}")
-    args.micro_batch = args.micro_batch or max(1, PATCHES // (10 * (sky // args.patch) ** 2))
+    args.micro_batch = args.micro_batch or max(1, PATCHES[device] * 14**2 // (10 * sky**2))
 
 
 def ahead(function, items):
@@ -384,7 +385,7 @@ def ahead(function, items):
 def generate(args):
     (rank, world, device, dtype), stop = begin(args), StopSignal()
     train, validation = (data_lightcone.SubLightcones(args.data, split) for split in ("train", "validation"))
-    check_patch(args, train.sky)
+    check_patch(args, train.sky, device.type)
     if rank == 0:
         print(train.note, flush=True)
     held = np.sort(np.random.default_rng(0).permutation(len(validation))[:args.eval_samples or None])[rank::world]
@@ -474,7 +475,7 @@ def generate_dry_run(args):
     if os.path.exists(args.data):
         train = data_lightcone.SubLightcones(args.data, "train")
         sky, samples = train.sky, len(train)
-    check_patch(args, sky)
+    check_patch(args, sky, args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     config = GENERATION_REFERENCES[args.init] if reference else load_config(args.base)
     config = replace(config, vocab_size=0, num_hidden_layers=args.blocks or config.num_hidden_layers)
     dtype = torch.float32 if reference or args.dtype == "float32" else torch.bfloat16

@@ -173,7 +173,8 @@ def our_generator(o):
     words_without_tokenizer(zip(GENERATION_WORDS, (3, 5, 6)))
     shape = ["--init", o.shape] if o.shape in REFERENCES else ["--init", "random", "--base", o.shape, "--blocks", str(o.blocks), "--rank", str(o.rank)]
     args = train_l3m.arguments(flags(o, "generate", *shape, "--lr", "1e-4"))
-    settings = train_l3m.run_settings(args, 0, getattr(torch, o.dtype), T=470, sky=o.sky)
+    train_l3m.check_patch(args, o.sky, o.device)
+    settings = train_l3m.run_settings(args, 0, getattr(torch, o.dtype), T=470, sky=o.sky, usable=1000)
     return args, settings, build_generator(settings)
 
 

@@ -495,8 +495,10 @@ def test_generation_arguments():
     assert train_l3m.CLIP["generate"] == 1.0 and train_l3m.WEIGHT_DECAY == 1e-3
     small = train_l3m.arguments(["generate", "--init", "small"])
     assert (small.tune, small.rank) == ("full", None)
-    train_l3m.check_patch(args, 140)
-    assert args.micro_batch == 2                                                              # 2,000 patches
+    for sky, device, expected in ((140, "cuda", 2), (140, "cpu", 1), (28, "cpu", 4)):         # 2,000 patches, 160
+        args.micro_batch = None
+        train_l3m.check_patch(args, sky, device)
+        assert args.micro_batch == expected
 
 
 def test_generation_refusals(chatty, tiny, store, tmp_path, capfd):  # noqa: F811
