@@ -1914,6 +1914,7 @@ def draw_statistics(panels, methods, path):
             ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if k[0] <= t <= k[-1]]
             ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
             ax.set_xticks([], minor=True)
+            ax.yaxis.set_minor_formatter(plt.NullFormatter())                           # over less than a decade it would crowd
         above.set_title(f"from z = {panel['redshift']:g} (lightcones: {panel['lightcones']})", fontsize=10)
         middle.set_xlabel(r"$k_\perp$ [Mpc$^{-1}$]")
         top = max(f["density"].mean(0).max() for f in panel["found"])

@@ -11,7 +11,7 @@
 
     python train_l3m.py generate --demo                                                  # the whole path in a few minutes, nothing to download
     python train_l3m.py generate --init pretrained --tune lora --rank 8 --seeds 0 1 2    # the paper's: Qwen2.5-0.5B-Instruct, a GPU
-    python train_l3m.py generate --init random --blocks 8 --base path/to/SmolLM2-135M-Instruct --batch-size 16 --max-steps 400 --validate-every 0.1  # a laptop
+    python train_l3m.py generate --init random --blocks 8 --base path/to/SmolLM2-135M-Instruct --batch-size 4 --lr 1e-3 --max-steps 1000 --validate-every 0.1     # a laptop
     python train_l3m.py generate --init small                                            # a reference network, trained from scratch
 
     torchrun --nproc_per_node=4 train_l3m.py generate ...                                # the same run on four GPUs; --resume goes on with it
@@ -535,10 +535,10 @@ def generate_demo(args):
     """The whole path on the built-in fast simulator: lightcones, the small reference, slices that it generates beside the truth."""
     out = Path(args.out or "out/demo-generate")
     store, script, evaluation = demo_store(out, 100)
-    print("2. The small reference network, trained from scratch: 120 steps, a taste of it", flush=True)
-    subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "16", "--max-steps", "120", "--epochs", "2",
+    print("2. The small reference network, trained from scratch: 480 small batches, a taste of it", flush=True)
+    subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "4", "--max-steps", "480", "--epochs", "2",
                     "--lr", "1e-3", "--dropout", "0", "--eval-samples", "64", "--validate-every", "0.3", "--out", out / "small"], check=True)
-    print("3. Test lightcones, continued from their first slices", flush=True)
+    print("3. Test lightcones, continued from two of their slices at redshifts 16, 12, 10 and 8", flush=True)
     subprocess.run([sys.executable, evaluation, "generate", out / "small"], check=True)
     print(f"Everything is in {out}. Next: your own lightcones and a pretrained backbone, see README.md")
 
