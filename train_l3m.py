@@ -535,8 +535,8 @@ def generate_demo(args):
     """The whole path on the built-in fast simulator: lightcones, the small reference, slices that it generates beside the truth."""
     out = Path(args.out or "out/demo-generate")
     store, script, evaluation = demo_store(out, 100)
-    print("2. The small reference network, trained from scratch: 480 small batches, a taste of it", flush=True)
-    subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "4", "--max-steps", "480", "--epochs", "2",
+    print("2. The small reference network, trained from scratch: 250 small batches, a taste of it", flush=True)
+    subprocess.run([sys.executable, script, "generate", "--init", "small", "--data", store, "--patch", "8", "--batch-size", "4", "--max-steps", "250", "--epochs", "2",
                     "--lr", "1e-3", "--dropout", "0", "--eval-samples", "64", "--validate-every", "0.3", "--out", out / "small"], check=True)
     print("3. Test lightcones, continued from two of their slices at redshifts 16, 12, 10 and 8", flush=True)
     subprocess.run([sys.executable, evaluation, "generate", out / "small"], check=True)
