@@ -879,7 +879,7 @@ def split_rows(n, split, seed, experiment, note=""):
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split {split!r}: must be train, validation or test")
     if n < 3:
-        raise ValueError(f"{note or f'{n} lightcones'}: at least 3 are needed, one each to train, validate and test")
+        raise ValueError(f"{note or f'{n} lightcones'}: at least 3 are needed, one each to train, validate and test; simulate or convert more")
     if experiment == "regression":
         test, validation, train = (250, 960, 3800) if n >= 5010 else (max(1, round(0.05 * n)), max(1, round(0.19 * n)), n)
     else:

@@ -1221,6 +1221,7 @@ def export(args):
 
 DIGITS = [2, 3, 2, 0, 2, 0]                                   # decimals that make sense
 LEVELS = np.linspace(0.05, 0.95, 19)                          # nominal levels of the coverage
+OTHER_LIGHTCONES = "so its test lightcones are others: take it as it was then, or, if you know that the run has not seen them, name it with --data"
 
 
 def axis_label(j):
@@ -1273,8 +1274,7 @@ def read_signals(path, settings, split, own):
     Raises ValueError if the file has grown since: then the split is another, and its test lightcones were trained on."""
     norm, how = settings["norm"], {"tokens": settings["tokens"], "seed": settings["split_seed"]}
     if own and tuple(norm) != PUBLISHED_NORM and not np.allclose(GlobalSignals(path, "train", **how).norm, norm, rtol=1e-6):
-        raise ValueError(f"{path} is not what it was when the run was trained on it, so its test lightcones are others: take it as it was then, "
-                         "or, if you know that the run has not seen them, name it with --data")
+        raise ValueError(f"{path} is not what it was when the run was trained on it, {OTHER_LIGHTCONES}")
     return GlobalSignals(path, split, norm=norm, **how)
 
 
@@ -1642,8 +1642,7 @@ def open_slices(args):
     if (test.T, test.sky) != (T, sky):
         raise ValueError(f"{data} holds {test.T} slices of {test.sky} x {test.sky}, the runs were trained on {T} of {sky} x {sky}")
     if not args.data and test.usable != settings[0]["usable"]:
-        raise ValueError(f"{data} has {test.usable} usable lightcones; when the run was trained on it, it had {settings[0]['usable']}, so its {args.split} lightcones "
-                         "are others: take it as it was then, or, if you know that the run has not seen them, name it with --data")
+        raise ValueError(f"{data} has {test.usable} usable lightcones; when the run was trained on it, it had {settings[0]['usable']}, {OTHER_LIGHTCONES}")
     return group_seeds(args.runs, settings), test, device
 
 
