@@ -60,6 +60,123 @@ CONTROL = ("1804.08625", "1404.0016", "1205.2086", "1209.5915", "1802.05268")   
 CS_SAMPLE = 200_000
 
 
+# ---------------------------------------------------------------------------------------------
+# Files and command lines: the one way to read, to write, to lock and to fail, for all that is data.
+# model.py has `reading` and `writing` once more, for all that is a model: it imports no data.
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+@contextlib.contextmanager
+def reading(path, advice="get or make it again"):
+    """Whatever goes wrong inside, while `path` is read, becomes a ValueError: file, reason, advice."""
+    try:
+        yield Path(path)
+    except MemoryError:
+        raise
+    except Exception as e:
+        if isinstance(e, ValueError) and str(e).startswith(str(path)):        # has been said
+            raise
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        if isinstance(e, FileNotFoundError):
+            reason = "is not there"
+        elif isinstance(e, KeyError):
+            reason = f"lacks {e}"
+        raise ValueError(f"{path}: {reason}; {advice}") from e
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A temporary path to write to, which takes the place of `path` once it is whole and on disk.
+
+    A reader, or a kill, meets the old file or the new one. What is no regular file, such as
+    /dev/null, is written to directly. Raises OSError, with the file's name, for a full disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)                   # safetensors writes 0600
+        os.replace(temporary, path)
+    except Exception as e:
+        if not isinstance(e, (OSError, RuntimeError)) and type(e).__name__ != "SafetensorError":
+            raise
+        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+        raise OSError(f"{path} could not be written ({reason}); what was there is as it was, so "
+                      "free some space or choose another place, and run this again") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lock(path, doing):
+    """Hold a file or directory until this process ends -> descriptor; ValueError if it is held.
+
+    Where the file system has no locks (some cluster disks) it goes on with a warning."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        import fcntl
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is in use: another process is {doing} it; wait for its end, or "
+                         "choose another --out") from None
+    except (ImportError, OSError) as e:
+        print(f"warning: {path} cannot be locked ({e}): start only one job on it", file=sys.stderr)
+    return descriptor
+
+
+def bounded(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or a float from low to high; `above`: greater than low."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or above and value == low or math.isinf(value):
+            least = f"above {low:g}" if above else f"of at least {low:g}"
+            most = f", at most {high:g}" if high < math.inf else ""
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {least}{most}")
+        return value
+    return convert
+
+
+@contextlib.contextmanager
+def one_line(memory="less at a time"):
+    """Around a script's work: what a user can mend is one line on stderr and exit status 2.
+
+    memory: what to lower where memory runs out."""
+    code = 2
+    try:
+        yield
+        return
+    except BrokenPipeError:                                   # .. | head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return
+    except KeyboardInterrupt:
+        code = 130
+        message = "stopped; what was written before is whole, the same command starts again"
+    except (ValueError, OSError) as e:
+        message = f"error: {e}"
+    except (MemoryError, RuntimeError) as e:
+        full = re.search("out of memory|enough memory|allocate memory", str(e))
+        if not (full or isinstance(e, MemoryError)):
+            raise
+        message = f"error: out of memory: {memory}"
+    rank = os.environ.get("RANK", "0")
+    message = message if rank == "0" else f"process {rank}: {message}"
+    printable = "".join(c if c.isprintable() else " " for c in message)
+    print(" ".join(printable.split()), file=sys.stderr, flush=True)
+    if "RANK" in os.environ:                                  # the others may wait for this one:
+        os._exit(code)                                        # torchrun ends them
+    sys.exit(code)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pools, splits and sets: arithmetic on row numbers. `group` is (N,) uint8, the group of each prepared record (GROUPS).
 
@@ -252,20 +369,6 @@ def collate(sequences):
     import torch                                                                # here: prepare and ids start without it
     ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     return ids, torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file to write that takes the place of `path` in one step: a reader, or a kill, meets the old bytes or the new ones."""
-    partial = Path(f"{path}.partial")
-    try:
-        with open(partial, "wb", buffering=1 << 20) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
