@@ -10,7 +10,6 @@ splits, id for id, and they are the authors' own.
     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json      # also .gz; -> data/arxiv
     python data_arxiv.py prepare mine.jsonl --own                      # any JSONL with id and abstract, as the set `own`
     python data_arxiv.py ids data/arxiv --subset s3 --split test       # the arXiv ids of a split, in order
-    python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl    # no account needed
     python data_arxiv.py synthesize made_up.jsonl                      # a made-up snapshot, for demo and tests
 
 A prepared directory holds
@@ -297,10 +296,7 @@ def available(directory):
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"""no prepared abstracts in {directory} (there is no manifest.json). Two ways lead there:
 1. the snapshot: download arxiv-metadata-oai-snapshot.json of Kaggle Cornell-University/arxiv (account, about 4.5 GB), then, in a minute,
-     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out {directory}
-2. without an account: harvest arXiv itself (about 2 hours and 1 GB for these categories; stopped, the same command goes on), then prepare
-     python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl
-     python data_arxiv.py prepare snapshot.jsonl --out {directory}""") from None
+     python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out {directory}""") from None
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON ({e}): run prepare again") from None
 
@@ -546,7 +542,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
 
     out.mkdir(parents=True, exist_ok=True)
     new, checksum = out / f"abstracts-{os.getpid()}", hashlib.sha256()
-    with replacing(new) as f:
+    with writing(new) as temporary, open(temporary, "wb") as f:
         for code, line, n in itertools.chain(new_rows(), stays):
             f.write(line)
             checksum.update(line)
@@ -559,7 +555,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
               "characters": np.frombuffer(characters, np.int32)}
     index, stem = io.BytesIO(), checksum.hexdigest()[:8]
     np.savez(index, **arrays)
-    with replacing(out / f"index-{stem}.npz") as f:
+    with writing(out / f"index-{stem}.npz") as temporary, open(temporary, "wb") as f:
         f.write(index.getvalue())
     os.replace(new, out / f"abstracts-{stem}.jsonl")
 
@@ -573,7 +569,7 @@ def prepare(source, out="data/arxiv", categories=CATEGORIES, own=False):
                 **count_sets(arrays["group"], arrays["characters"], {**others, **counts}),
                 "checksums": {f"abstracts-{stem}.jsonl": checksum.hexdigest(),
                               f"index-{stem}.npz": hashlib.sha256(index.getvalue()).hexdigest()}}
-    with replacing(out / "manifest.json") as f:
+    with writing(out / "manifest.json") as temporary, open(temporary, "wb") as f:
         f.write(json.dumps(manifest, indent=1).encode())
     for path in [*out.glob("abstracts-*"), *out.glob("index-*")]:               # of the state before, or of killed runs
         if path.name not in manifest["checksums"]:
@@ -606,224 +602,6 @@ def print_table(manifest):
             print(f"{source['file']} is a harvest of {source['date']}, not version 193 of the snapshot: its counts are its own")
         if source["synthetic"]:
             print(f"{source['file']} is SYNTHETIC: made-up records, for demo and tests only")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# harvest: arXiv's OAI-PMH 2.0 interface -> a file in the snapshot's form
-#
-# Everything that was received is in a journal beside the output, OUT.journal: the records of a page, one a line in the snapshot's
-# form, and then a line {"page": category, ...} that makes the page complete; fsynced. Nothing else needs to survive a kill.
-
-OAI, RAW = "{http://www.openarchives.org/OAI/2.0/}", "{http://arxiv.org/OAI/arXivRaw/}"
-OAI_SETS = {"hep-th": "physics:hep-th", "hep-ph": "physics:hep-ph", "gr-qc": "physics:gr-qc", "q-bio": "q-bio", "cs": "cs"}
-BASE_URL = "https://oaipmh.arxiv.org/oai"
-EARLIEST = "2005-09-16"                                                         # the earliest datestamp that arXiv has
-ATTEMPTS = 10                                                                   # failures in a row before a harvest gives up
-FIELDS = ("submitter", "authors", "title", "comments", "journal-ref", "doi", "report-no", "categories", "license", "abstract")
-
-
-def parse_page(body):
-    """One ListRecords response: {"records": [snapshot record or {"deleted": id, "update_date": ..}], "token": str or "", "expires": its
-    date or None, "date": the server's, "error": None or "code: text"}. ValueError or ParseError if it is no such response."""
-    root = ElementTree.fromstring(body)
-    page = {"records": [], "token": "", "expires": None, "date": root.findtext(OAI + "responseDate")[:10], "error": None}
-    error = root.find(OAI + "error")
-    if error is not None:
-        return page | {"error": f"{error.get('code')}: {error.text}"}
-    listed = root.find(OAI + "ListRecords")
-    if root.tag != OAI + "OAI-PMH" or listed is None:
-        raise ValueError("no ListRecords response")
-    for item in listed.iter(OAI + "record"):
-        header, raw = item.find(OAI + "header"), item.find(f"{OAI}metadata/{RAW}arXivRaw")
-        date = header.findtext(OAI + "datestamp")[:10]
-        if header.get("status") == "deleted":
-            page["records"].append({"deleted": header.findtext(OAI + "identifier").removeprefix("oai:arXiv.org:"), "update_date": date})
-            continue
-        record = {"id": raw.findtext(RAW + "id").strip(), **{key: raw.findtext(RAW + key) or None for key in FIELDS},
-                  "versions": [{"version": v.get("version"), "created": v.findtext(RAW + "date").replace(", 0", ", ")}
-                               for v in raw.findall(RAW + "version")],          # the snapshot writes Mon, 3 Jan 2000
-                  "update_date": date, "authors_parsed": []}
-        first_submitted(record), record["categories"].split()[0]                # must be there
-        page["records"].append(record)
-    token = listed.find(OAI + "resumptionToken")
-    if token is not None and token.text:
-        page |= {"token": token.text, "expires": token.get("expirationDate")}
-    return page
-
-
-def first_submitted(record):
-    """Date of the first version, YYYY-MM-DD."""
-    return f"{parsedate_to_datetime(record['versions'][0]['created']):%Y-%m-%d}"
-
-
-def request_page(base, parameters, pause, timeout, log):
-    """Asks once, politely, and again until there is a whole page: waits `pause` seconds before every request, after a failure
-    twice as long each time, and as long as the server says (Retry-After). ValueError when it gives up, or on a refusal."""
-    url, failures, wait = f"{base}?{urllib.parse.urlencode(parameters)}", 0, pause
-    request = urllib.request.Request(url, headers={"User-Agent": "nanophys data_arxiv.py (arXiv metadata for language-model research)"})
-    while True:
-        time.sleep(wait)
-        deadline, retry_after = time.monotonic() + 5 * timeout, None
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                if "xml" not in response.headers.get_content_type():
-                    raise ValueError(f"content type {response.headers.get_content_type()}")
-                chunks = []
-                while chunk := response.read1(1 << 16):
-                    chunks.append(chunk)
-                    if time.monotonic() > deadline:                             # bytes trickle: no single read times out
-                        raise TimeoutError(f"no whole page in {5 * timeout:g} s")
-            return parse_page(b"".join(chunks))
-        except urllib.error.HTTPError as e:
-            if e.code < 500 and e.code not in (408, 429):
-                raise ValueError(f"{url} answers HTTP {e.code} {e.reason}: is the base URL right?") from None
-            problem, retry_after = f"HTTP {e.code} {e.reason}", seconds(e.headers.get("Retry-After"))
-        except (OSError, http.client.HTTPException, ElementTree.ParseError, ValueError, TypeError, AttributeError, IndexError) as e:
-            problem = f"{type(e).__name__}: {e}"
-        failures += retry_after is None                                         # Retry-After is flow control, not a failure
-        if failures == ATTEMPTS:
-            raise ValueError(f"{url}: {ATTEMPTS} failures in a row, the last: {problem}. What has come is kept: run the same command later")
-        wait = max(retry_after or 0, min(600, pause * 2 ** failures))
-        log(f"{problem}; next request in {wait:.0f} s")
-
-
-def seconds(retry_after):
-    """A Retry-After header, seconds or an HTTP date, in seconds from now; None if there is none."""
-    try:
-        return max(0, int(retry_after) if retry_after.strip().isdigit() else parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (AttributeError, TypeError, ValueError):
-        return None
-
-
-def read_journal(journal):
-    """(held, last, done, end): held {id: (datestamp, offset, length)}, length 0 for a deleted paper; last {category: its last
-    complete page}; done: the categories that an unfinished run has done; end: the offset behind the last complete page."""
-    held, last, done, end, offset, pending = {}, {}, set(), 0, 0, []
-    for line in journal:
-        try:
-            entry = json.loads(line if line.endswith(b"\n") else b"")
-        except ValueError:                                                      # where a kill cut it off
-            break
-        if "update_date" in entry:
-            pending.append((entry.get("id") or entry["deleted"], (entry["update_date"], offset, len(line) if "id" in entry else 0)))
-        else:
-            held.update(pending)
-            pending, end = [], offset + len(line)
-            if "page" in entry:
-                last[entry["page"]] = entry
-            done = set() if "complete" in entry else done | {entry["page"]} if entry["done"] else done
-        offset += len(line)
-    return held, last, done, end
-
-
-def append(journal, held, records, completion):
-    """Appends, in one go, the records that the journal does not hold yet and the line that completes them; updates `held`.
-
-    A record comes more than once: cross-lists with several sets, a page that is asked for again. The highest datestamp counts,
-    and on the same day, as a paper can change twice, the later answer."""
-    latest, new = {r.get("id") or r["deleted"]: r for r in sorted(records, key=lambda r: r["update_date"])}, {}
-    for paper, record in latest.items():
-        date, offset, length = held.get(paper, ("", 0, 0))
-        journal.seek(offset)
-        if record["update_date"] >= date and ("id" in record or length) and record != json.loads(journal.read(length) or "null"):
-            new[paper] = record
-    lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in [*new.values(), completion]]
-    offset = journal.seek(0, os.SEEK_END)
-    journal.write(b"".join(lines))
-    journal.flush()
-    os.fsync(journal.fileno())
-    for (paper, record), line in zip(new.items(), lines):
-        held[paper] = record["update_date"], offset, len(line) if "id" in record else 0
-        offset += len(line)
-
-
-def harvest_set(category, page, held, journal, request):
-    """Fetches the set of one category into the journal, page by page. `page`: its last complete page so far, or None."""
-    fresh = {"verb": "ListRecords", "metadataPrefix": "arXivRaw", "set": OAI_SETS[category]}
-
-    def after(page):                                                            # what to ask for after a complete page
-        if page["token"] and (page["expires"] or "9") > f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}":
-            return {"verb": "ListRecords", "resumptionToken": page["token"]}
-        return fresh | {"from": page["since"] if page["done"] else page["datestamp"]}
-
-    ask, dead_tokens, received = after(page) if page else fresh, 0, 0
-    begin = datetime.fromisoformat(ask.get("from") or (page["datestamp"] if page else EARLIEST))
-    with tqdm(total=(datetime.now() - begin).days, unit=" days", desc=category) as bar:
-        while True:
-            answer = request(ask, functools.partial(bar.write, file=sys.stderr))
-            error = answer["error"] or ""
-            if error.startswith("badResumptionToken") and "resumptionToken" in ask and dead_tokens < ATTEMPTS:
-                dead_tokens += 1                                                # tokens die at midnight UTC: go on by the datestamp
-                ask = fresh | {"from": page["datestamp"]}
-                continue
-            if error and not error.startswith("noRecordsMatch"):
-                raise ValueError(f"the server refuses {ask}: {error}")
-            if "resumptionToken" in ask:
-                dead_tokens = 0
-            first = page is None or page["done"]                                # of this pass; arXiv lists in the order of datestamps
-            reached = ask.get("from", EARLIEST) if first else page["datestamp"]
-            page = {"page": category, "done": not answer["token"], "token": answer["token"], "expires": answer["expires"],
-                    "since": answer["date"] if first else page["since"],        # from when the next run asks
-                    "datestamp": max([reached, *(r["update_date"] for r in answer["records"])])}
-            append(journal, held, answer["records"], page)
-            received += len(answer["records"])
-            bar.set_postfix_str(f"{received:,} records, changed up to {page['datestamp']}")
-            bar.update((datetime.fromisoformat(page["datestamp"]) - begin).days - bar.n)
-            if page["done"]:
-                return
-            ask = after(page)
-
-
-def harvest(out, categories, until=None, base=BASE_URL, pause=3.0, timeout=120.0):
-    """arXiv's metadata of some categories -> `out`, JSONL in the snapshot's schema and order (plain string order of the ids).
-
-    categories: of CATEGORIES; papers whose primary category is another one (cross-lists) are left out, for part of a category
-    would make wrong sets. until: YYYY-MM-DD, the latest FIRST submission: a later revision does not remove a paper. The
-    protocol's own dates go by the last change and serve the second run, which fetches what changed since the first. What arXivRaw
-    does not have: authors_parsed is empty, update_date is the datestamp. `out` appears, or is replaced, when all is there;
-    killed before that, the same command goes on after the last complete page. Returns {"records", "cross-lists", "later"}: how
-    many were written, and left out as cross-lists and as later than `until`.
-    ValueError for bad arguments, a refusal of the server, or 10 failures in a row; OSError if a file cannot be written."""
-    if until is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", until):
-        raise ValueError(f"--until {until}: give a date as 2024-08-22")
-    if Path(out).exists() and not Path(f"{out}.journal").exists():
-        raise ValueError(f"{out} exists and is no harvest (there is no {out}.journal): give another --out")
-    Path(f"{out}.journal").touch()
-    with open(f"{out}.journal", "r+b") as journal:
-        lock(journal)
-        held, last, done, end = read_journal(journal)
-        journal.truncate(end)
-        for category in categories:
-            if category not in done:
-                harvest_set(category, last.get(category), held, journal, lambda ask, log: request_page(base, ask, pause, timeout, log))
-        counts = {"records": 0, "cross-lists": 0, "later": 0}
-        with replacing(out) as f:
-            for paper in tqdm(sorted(held), desc=f"writing {out}", unit=" records"):
-                _, offset, length = held[paper]
-                if length:                                                      # not deleted
-                    journal.seek(offset)
-                    line = journal.read(length)
-                    record = json.loads(line)
-                    what = ("cross-lists" if group_of(record["categories"].split()[0]) not in categories else
-                            "later" if until and first_submitted(record) > until else "records")
-                    counts[what] += 1
-                    f.write(line if what == "records" else b"")
-        about = {"kind": "harvest", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "until": until, "categories": list(categories),
-                 "base_url": base, "bytes": os.path.getsize(out)}
-        with replacing(f"{out}.harvest.json") as f:                             # prepare reads it
-            f.write(json.dumps(about).encode())
-        append(journal, held, [], {"complete": about["date"]})
-    return counts
-
-
-def lock(file):
-    """ValueError if another harvest has the file (on systems that have flock)."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{file.name} is in use: another harvest is running") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -917,7 +695,7 @@ def synthesize(path, records=5000, seed=0):
         paper = (f"{archive}/{yymm}{draw.randrange(1, 1000):03}" if (year, month) < (2007, 4) else
                  f"{yymm}.{draw.randrange(1, 10_000):04}" if year < 2015 else f"{yymm}.{draw.randrange(1, 25_000):05}")
         papers.setdefault(paper, (group, yymm))
-    with replacing(path) as f:
+    with writing(path) as temporary, open(temporary, "wb") as f:
         for paper in tqdm(sorted(papers), desc="synthesize", unit=" records"):  # plain string order, as in the snapshot
             group, yymm = papers[paper]
             created = datetime((1900 if yymm > "90" else 2000) + int(yymm[:2]), int(yymm[2:]), draw.randint(1, 28))
@@ -944,26 +722,12 @@ def main(argv=None):
     p.add_argument("out", metavar="OUT", help="file to write")
     p.add_argument("--records", type=int, default=5000, help="(default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    p = commands.add_parser("harvest", help="fetch the metadata from arXiv itself, as a file for prepare",
-                            description="Fetches arXiv's metadata over OAI-PMH, politely; stopped at any moment, the same command goes on. "
-                                        "A later run fetches what changed since.")
-    p.add_argument("--categories", nargs="+", choices=CATEGORIES, default=["hep-th", "hep-ph", "gr-qc"], metavar="C",
-                   help=f"of {' '.join(CATEGORIES)} (default: hep-th hep-ph gr-qc, enough for s1..s9)")
-    p.add_argument("--until", help="latest date of FIRST submission, e.g. 2024-08-22 as in the paper (default: no limit)")
-    p.add_argument("--out", default="snapshot.jsonl", help="(default %(default)s); OUT.journal and OUT.harvest.json appear beside it")
-    p.add_argument("--base-url", default=BASE_URL, help="(default %(default)s)")
-    p.add_argument("--pause", type=float, default=3.0, help="seconds before every request (default %(default)s, what arXiv asks for)")
-    p.add_argument("--timeout", type=float, default=120.0, help="seconds of silence before a request is repeated (default %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.command == "prepare":
             print_table(prepare(args.source, args.out, tuple(args.categories), args.own))
         elif args.command == "ids":
             print("\n".join(load(args.directory, args.subset, args.split)[0]))
-        elif args.command == "harvest":
-            written = harvest(args.out, args.categories, args.until, args.base_url, args.pause, args.timeout)
-            print(f"{args.out}: {written['records']:,} records; left out: {written['cross-lists']:,} cross-lists with another primary "
-                  f"category, {written['later']:,} first submitted after --until\nnext: python data_arxiv.py prepare {args.out}")
         else:
             synthesize(args.out, args.records, args.seed)
     except BrokenPipeError:                                                     # ids .. | head: the reader has seen enough
