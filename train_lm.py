@@ -16,12 +16,15 @@ import json
 import math
 import os
 import re
+import reprlib
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,160 +34,394 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")           # before torch: th
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")               # threads that never spin a quiet one by a quarter
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data_arxiv
+from data_arxiv import bounded, lock, one_line, reading, writing
 from lora import inject, save_adapter
 from model import SHAPES, CausalLM, Config, bos_eos, generate, init_weights, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
 
-# ================================================================================================== run machinery
-# Shared by train_lm.py and train_l3m.py: processes, the run directory, checkpoints, signals, metrics.
+# ------------------------------------------------------------------------------------------------
+# The run machinery: what train_lm.py and train_l3m.py share.
 
 
 def start_processes(device="auto"):
-    """Join torchrun's other processes, if there are any -> (rank, number of processes, torch.device)."""
+    """Join torchrun's other processes, if there are any -> (rank, number of them, torch.device)."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu, or install "
+                         "a CUDA build of torch")
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))    # rank 0 may download long
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started process {local + 1} on a machine with "
+                             f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))     # the first may download long
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
+def end_processes():
+    """Leave torchrun's other processes, after a whole run or a stopped one."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def sum_over_processes(tensor):
-    """In place; also returned."""
+    """Sum a tensor over all processes, in place; also returned."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
+def make_deterministic():
+    """Let torch use none but repeatable kernels, also on CUDA; slower."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def resolve_dtype(name, device):
     """--dtype -> torch.dtype; auto is bfloat16 where the device multiplies in it, else float32."""
-    if name == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
-            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        name = "bfloat16" if fast else "float32"
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+owned_peak = 0.0
 
 
 def peak_memory_gb(device):
-    """Peak memory of this process so far, 10^9 bytes: of the GPU where there is one, else resident."""
+    """Peak memory that this process owned so far, in 10^9 bytes: of its GPU, or of the machine.
+
+    On Linux the pages of mapped weight files do not count (the system takes them back at will),
+    and the peak is that of the moments at which this function was called."""
+    global owned_peak
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if not sys.platform.startswith("linux"):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    status = Path("/proc/self/status").read_text()
+    kilobytes = sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s*(\d+)", status)))
+    owned_peak = max(owned_peak, kilobytes * 1024 / 1e9)
+    return owned_peak
 
 
 class StopSignal:
-    """SIGTERM (pre-emption, scancel) and Ctrl-C set `.requested`; the training loop then saves and leaves. A second Ctrl-C kills."""
+    """SIGTERM (pre-emption, scancel), Ctrl-C and SIGHUP (a closed terminal) set `.requested`.
+
+    The training loop then saves and leaves. A second Ctrl-C kills. Under nohup SIGHUP is ignored."""
 
     def __init__(self):
         self.requested = False
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.request)
+        signal.signal(signal.SIGTERM, self.request)
+        signal.signal(signal.SIGINT, self.request)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.request)
 
-    def request(self, *_):
+    def request(self, number, frame):
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGHUP:                           # a print to the closed terminal would
+            for descriptor in (1, 2):                         # fail before the checkpoint is saved
+                if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-def sync(path):
-    """Force a file or directory to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+def update(parameters, optimizer, losses, clip, stop=False, what="this step"):
+    """One step of AdamW over all processes, on the mean of all the losses that `losses` yields.
+
+    losses: an iterator over micro-batches, (n,) losses each, that depend on `parameters`; it may be
+    empty in a process that has no share of a small batch. clip: the highest gradient norm.
+    stop: whether this process was asked to stop. what: names the step and its rows in an error.
+    -> (mean loss, gradient norm before clipping, whether any process was asked to stop).
+    Raises ValueError, before the update, where the loss or the gradient is not finite."""
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes) + 3, device=parameters[0].device)      # gradients, then 3 sums
+    for p, gradient in zip(parameters, flat[:-3].split(sizes)):
+        p.grad = gradient.view_as(p)
+    for values in losses:
+        peak_memory_gb(flat.device)                           # here the activations are all alive
+        torch.autograd.backward(values.sum(), inputs=parameters)         # adds to `flat`
+        flat[-3] += values.detach().sum()
+        flat[-2] += len(values)
+    flat[-1] = float(stop)
+    sum_over_processes(flat)                                  # the only communication of a step
+    total, count, asked = flat[-3:].tolist()
+    gradient = flat[:-3].div_(count)                          # of the mean, by any number of processes
+    norm = gradient.norm().item()
+    if not math.isfinite(total + norm):
+        raise ValueError(f"the loss of {what} is {total / count}, its gradient norm {norm}: stopped "
+                         "before the update. Look at these, or lower --lr; the last checkpoint is whole")
+    gradient.mul_(min(1.0, clip / (norm + 1e-6)))
+    optimizer.step()                                          # passes over what has no gradient
+    optimizer.zero_grad(set_to_none=True)
+    return total / count, norm, asked > 0
 
 
-def open_run(out, settings, resume):
-    """Make or re-open the run directory (in the first process only) -> its newest complete checkpoint, or None.
-
-    settings: what must not change over the life of a run; kept in config.json.
-    Raises ValueError if the directory holds a run and `resume` is off, or if the settings differ from those it was started with."""
-    out, config = Path(out), Path(out) / "config.json"
-    newest = max(out.glob("checkpoint-*"), default=None)
-    if newest:
-        if not resume:
-            raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        old = json.loads(config.read_text())["settings"]
-        changed = [f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in sorted(old | settings) if old.get(k) != settings.get(k)]
-        if changed:
-            raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}. Resume with the old ones, or choose another --out")
-    else:                                                     # new, or stopped before its first checkpoint
-        out.mkdir(parents=True, exist_ok=True)
-        config.with_suffix(".tmp").write_text(json.dumps({"settings": settings}, indent=1))
-        sync(config.with_suffix(".tmp"))
-        os.replace(config.with_suffix(".tmp"), config)
-    for leftover in out.glob("tmp-checkpoint-*"):
-        shutil.rmtree(leftover)
-    return newest
+PATHS = ("base", "data")                                      # settings that may change: places
+WRITTEN = ("config.json", "rows.npz", "metrics.jsonl", "*.safetensors")
 
 
-def save_checkpoint(out, step, tensors, state, best=None):
-    """Write out/checkpoint-STEP whole or not at all: a temporary name, fsync, rename. The last two and checkpoint-BEST are kept."""
-    temporary, final = Path(out) / f"tmp-checkpoint-{step:07d}", Path(out) / f"checkpoint-{step:07d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for path in (temporary / "state.safetensors", temporary / "state.json", temporary):
-            sync(path)
-    except Exception as e:                                    # safetensors reports a full disk as an error of its own
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint {step} could not be written to {out} ({e}); free some space, then --resume: the earlier ones are whole") from None
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    sync(out)
-    for old in sorted(Path(out).glob("checkpoint-*"))[:-2]:
-        if best is None or old.name != f"checkpoint-{best:07d}":
-            shutil.rmtree(old)
+class Run:
+    """A run directory: config.json, metrics.jsonl, checkpoint.safetensors and the one before it.
+
+    `state` is what the newest whole checkpoint says, {"step", "best", "fingerprint", "finished"},
+    or None for a new run; `first` is whether this is the process that writes; `out` and `settings`
+    are as given. A checkpoint holds the trained tensors and AdamW's state."""
+    held = None                                               # descriptor of the lock
+
+    def __init__(self, out, settings, resume, rank=0, data=None):
+        """Open the directory in the first process, for one job alone, and tell the others.
+
+        settings: what may not change over the life of a run, but for its PATHS.
+        data: what config.json says of the data beside the settings, for a model card.
+        Raises ValueError if the directory holds a run and `resume` is off, for other settings
+        than it was started with, for damaged checkpoints, and while another job works in it."""
+        self.out = Path(out)
+        self.settings = settings
+        self.first = rank == 0
+        self.saved = None                                     # step of the newest checkpoint
+        self.newest = self.out / "checkpoint.safetensors"
+        self.previous = self.out / "checkpoint-previous.safetensors"
+        found = [None, None]
+        if self.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.close()
+            Run.held = lock(self.out, "training in")
+            for left in (p for name in WRITTEN for p in self.out.rglob(f".{name}.*.tmp")):
+                left.unlink()                                 # of a kill in the middle of writing
+            found = self.find(resume)
+            self.write_config(found[0], data)
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        self.checkpoint, self.state = found
+
+    def find(self, resume):
+        """-> [path, state] of the newest whole checkpoint, [None, None] where there is none."""
+        old = [p for p in self.out.glob("checkpoint-*/state.json") if p.parent.name[11:].isdigit()]
+        candidates = [p for p in (self.newest, self.previous) if p.exists()]
+        if not resume and (candidates or old):
+            raise ValueError(f"{self.out} already holds a run: add --resume to go on with it, or "
+                             "choose another --out")
+        if old and not candidates:
+            raise ValueError(f"{self.out} holds a run of an older version of this program, in "
+                             f"{old[0].parent.name}/ and the like: start anew in another --out")
+        damage = []
+        for path in candidates:
+            try:
+                tensors, state = read_checkpoint(path)
+            except ValueError as e:
+                damage.append(str(e))
+                continue
+            if damage:                                        # make room for the next one
+                aside = path.with_name(f"damaged-{time.time_ns()}-{self.newest.name}")
+                self.newest.rename(aside)
+                print(f"warning: {damage[0]}. It is {aside.name} now; going on with {path.name}, "
+                      f"step {state['step']}", file=sys.stderr, flush=True)
+            return [path, state]
+        if damage:
+            raise ValueError(f"no whole checkpoint is left: {'; '.join(damage)}. Put a copy of one in "
+                             "its place, or choose another --out")
+        return [None, None]
+
+    def write_config(self, checkpoint, data):
+        """Compare the settings with those the run was started with, and write where it is now."""
+        path = self.out / "config.json"
+        settings = json.loads(json.dumps(self.settings))      # as JSON gives them back
+        if checkpoint:
+            with reading(path, "put back the one that the run was started with"):
+                config = json.loads(path.read_text())
+                old = dict(config["settings"])
+            data = config.get("data")
+            changed = [f"{key} was {reprlib.repr(old.get(key))}, now {reprlib.repr(settings.get(key))}"
+                       for key in sorted(old | settings)
+                       if key not in PATHS and old.get(key) != settings.get(key)]
+            if changed:
+                raise ValueError(f"{self.out} was started with other settings: {'; '.join(changed)}. "
+                                 "Resume with the old ones, or choose another --out")
+        config = {"settings": settings, "directory": os.path.abspath(self.out)}
+        if data is not None:
+            config["data"] = data
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(config, indent=1))
+
+    @torch.no_grad()
+    def restore(self, named, optimizer, fingerprint):
+        """Load the checkpoint into {name: parameter} and AdamW's state -> (step, best).
+
+        A new run is at (0, None). metrics.jsonl is cut back to that step, whose validation will be
+        repeated. Raises ValueError where the frozen weights are not those of the run."""
+        self.fingerprint = fingerprint
+        step = 0
+        best = None
+        if self.checkpoint:
+            step = self.saved = self.state["step"]
+            best = self.state["best"]
+            if self.state["fingerprint"] != fingerprint:
+                raise ValueError(f"{self.out} was trained on another base than "
+                                 f"{self.settings.get('base')} is: resume with that one, or choose "
+                                 "another --out")
+            with reading(self.checkpoint, "is it of another run?"):
+                tensors, _ = read_checkpoint(self.checkpoint)
+                for name, p in named.items():
+                    p.copy_(tensors.pop(name))
+                for key, value in tensors.items():
+                    name, _, part = key.rpartition("/")
+                    device = named[name].device if value.dim() else "cpu"
+                    optimizer.state[named[name]][part] = value.to(device)
+        if self.first:
+            self.cut_metrics(step)
+        return step, best
+
+    def cut_metrics(self, step):
+        """Keep the records before `step`, and of it the training record."""
+        path = self.out / "metrics.jsonl"
+        kept = ""
+        with reading(path, "remove what is no JSON object"):
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            for line in lines:
+                if not line.endswith("}\n"):                  # a kill, or a full disk, cut it off
+                    continue
+                record = json.loads(line)
+                if record["step"] < step or (record["step"] == step and "loss" in record):
+                    kept += line
+        with writing(path) as temporary:
+            temporary.write_text(kept)
+
+    def log(self, record):
+        """Append one line to metrics.jsonl, in the first process."""
+        if not self.first:
+            return
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as e:
+            raise OSError(f"{path} could not be written ({e.strerror}); the last checkpoint is "
+                          "whole: free some space, then --resume") from e
+
+    def save(self, step, best, named, optimizer, finished=False):
+        """Write the checkpoint of `step`, in the first process; the one before it is kept.
+
+        best: JSON, the lowest validation so far. finished: nothing is left to do.
+        Does nothing where the newest checkpoint is that of `step` already."""
+        if not self.first or (step == self.saved and not finished):
+            return
+        tensors = dict(named)
+        for name, p in named.items():
+            for part, value in optimizer.state[p].items():
+                tensors[f"{name}/{part}"] = value
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        state = {"step": step, "best": best, "fingerprint": self.fingerprint, "finished": finished,
+                 "checksum": checksum(tensors)}
+        metadata = {"state": json.dumps(state, sort_keys=True)}          # several keys: random order
+        with writing(self.newest) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+            if self.newest.exists():                          # a kill here leaves the one before
+                os.replace(self.newest, self.previous)
+        self.saved = step
+
+    @staticmethod
+    def close():
+        """Let other jobs into the directory; the end of the process does so, too."""
+        if Run.held is not None:
+            os.close(Run.held)
+            Run.held = None
 
 
-def optimizer_tensors(named, optimizer):
-    """The trained tensors and AdamW's state, by name, for a checkpoint."""
-    tensors = dict(named)
-    for name, p in named.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
-    return tensors
+def checksum(tensors):
+    """crc32 of the bytes of {name: CPU tensor}, in the order of the names."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
-@torch.no_grad()
-def restore(checkpoint, named, optimizer):
-    """Load a checkpoint into the trained tensors and the optimiser -> the JSON state."""
-    tensors = load_file(checkpoint / "state.safetensors")
-    for name, p in named.items():
-        p.copy_(tensors[name])
-        optimizer.state[p] = {k.rpartition("/")[2]: v.to(p.device if v.dim() else "cpu") for k, v in tensors.items() if k.startswith(name + "/")}
-    return json.loads((checkpoint / "state.json").read_text())
+def read_checkpoint(path):
+    """-> ({name: tensor}, state) of a checkpoint; ValueError if it is not as it was written."""
+    with reading(path, "it is damaged"):
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}      # noqa: SIM118
+        if checksum(tensors) != state["checksum"]:
+            raise ValueError("its numbers are not those that were written")
+    return tensors, state
 
 
-def open_metrics(out, step):
-    """out/metrics.jsonl, cut back to what was logged up to `step`, open for appending."""
-    path = Path(out) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    path.with_suffix(".tmp").write_text("".join(kept))
-    os.replace(path.with_suffix(".tmp"), path)
-    return open(path, "a", buffering=1)
+def read_settings(directory, experiment=None):
+    """-> the settings of a run, with base and data where they are now.
+
+    experiment: "lm", "regress" or "generate", of which the run must be and have a result;
+    None: any run. A base or data path that is gone is looked for where it lay relative to the run:
+    a project may move. Raises ValueError for what is no run, one of another experiment, and one
+    without a result yet."""
+    directory = Path(directory)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is no run: it has no config.json; give the --out of a training")
+    with reading(path, "give the --out of train_lm.py or train_l3m.py"):
+        config = json.loads(path.read_text())
+        settings = dict(config["settings"])
+        was = config["directory"]
+    kind = settings.get("experiment", "lm")
+    if experiment and kind != experiment:
+        command = "perplexity" if kind == "lm" else kind
+        raise ValueError(f"{directory} is another experiment's run: python eval.py {command} {directory}")
+    result = "adapter/adapter_model.safetensors" if kind == "lm" else "model.safetensors"
+    if experiment and not (directory / result).is_file():
+        raise ValueError(f"{directory} has no {result} yet: go on with the training by --resume")
+    for key in PATHS:
+        place = settings.get(key)
+        if place and os.path.isabs(place) and not os.path.exists(place):
+            moved = os.path.normpath(directory / os.path.relpath(place, was))
+            if os.path.exists(moved):
+                settings[key] = moved
+    return settings
+
+
+def fresh_demo(out, made):
+    """A directory for a demo, without the entries `made` that an earlier demo left in it -> Path.
+
+    Nothing else is ever removed. Raises ValueError where `out` holds files and is no demo's."""
+    out = Path(out)
+    mark = out / "demo.json"
+    if out.exists() and not mark.is_file() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files that are not a demo's: give a new directory as --out")
+    for name in made:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    with writing(mark) as temporary:
+        temporary.write_text(json.dumps({"demo": made}))
+    return out
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults, where there is one."""
+    """--help with the default that acts; the help text itself tells one that depends on others."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
-
-
-def fail(error):
-    """One line on stderr, exit status 2."""
-    rank = os.environ.get("RANK", "0")
-    print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
-    os._exit(2) if dist.is_initialized() else sys.exit(2)     # _exit: the others may be waiting for us, torchrun ends them
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 # ====================================================================================================== settings
