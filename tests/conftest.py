@@ -45,10 +45,14 @@ def abstracts():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(base, data): a two-block Llama of random weights with a tokenizer, and a prepared made-up snapshot of all categories."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(root):
+    """What the fixture `tiny` returns, written into `root`."""
     import data_arxiv
     from model import CausalLM, Config, init_weights, save_pretrained
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    root = tmp_path_factory.mktemp("tiny")
     data_arxiv.synthesize(root / "snapshot.jsonl", records=700, seed=1)
     data_arxiv.prepare(root / "snapshot.jsonl", root / "data")
     tokenizer = Tokenizer(models.BPE())
@@ -66,13 +70,17 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chatty(tmp_path_factory):
     """Directory of a two-block Qwen2 of random weights whose tokenizer knows ChatML."""
+    return make_chatty(tmp_path_factory.mktemp("chatty") / "base")
+
+
+def make_chatty(directory):
+    """What the fixture `chatty` returns, written into `directory`."""
     from model import CausalLM, Config, init_weights, save_pretrained
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    directory = tmp_path_factory.mktemp("chatty") / "base"
     torch.manual_seed(3)
     model = CausalLM(Config("qwen2", tokenizer.get_vocab_size(), 48, 80, 2, 4, 2, 12, 1e-6, tie_word_embeddings=True, eos_token_id=256))
     init_weights(model)
