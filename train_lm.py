@@ -1,15 +1,21 @@
-"""Fine-tune a Llama on arXiv abstracts: LoRA (arXiv:2106.09685) on a 4-bit base (arXiv:2305.14314), the recipe of FeynTune (arXiv:2508.03716).
+"""Fine-tune a Llama on arXiv abstracts: LoRA on a 4-bit base, the recipe of FeynTune.
 
-    python train_lm.py --demo                                             # the whole path in three minutes, nothing to download
-    python train_lm.py --subset s1 --base path/to/model --batch-size 8    # one process: a GPU, or a laptop with a small model
-    torchrun --nproc_per_node=3 train_lm.py --subset s3                   # the paper's run: Llama-3.1-8B on three GPUs
-    torchrun --nproc_per_node=3 train_lm.py --subset s3 --resume          # go on where it was stopped, killed or pre-empted
-    python train_lm.py --dry-run --base llama-3.1-8b                      # sizes and memory, without weights or data
+    python train_lm.py --demo                                  # the whole path, nothing to download
+    python train_lm.py --subset s1 --base path/to/model        # one process: a GPU, or a laptop
+    torchrun --nproc_per_node=3 train_lm.py --subset s3        # the paper's: Llama-3.1-8B, 3 GPUs
+    torchrun --nproc_per_node=3 train_lm.py --subset s3 --resume        # go on where it stopped
+    python train_lm.py --dry-run --base llama-3.1-8b           # sizes, without weights or data
 
-- a step is --batch-size abstracts over all processes, laid end to end without padding; its loss is the mean over all their tokens
-- every batch and every random draw is a function of (seed, step, rank): a resumed run is the undisturbed run, bit for bit on a CPU
-- float32 adapters, AdamW, linear warm-up then cosine; the validation loss ten times a run, on the run's own set and on hep-th (s1)
-- out/SUBSET-LORA/ gets config.json, metrics.jsonl, checkpoint-*/ and, at the end, adapter/ in peft's format: evaluate with eval.py
+- FeynTune: arXiv:2508.03716; LoRA: arXiv:2106.09685; a base in 4 bits: arXiv:2305.14314
+- a step is --batch-size abstracts over all processes, laid end to end without padding; its loss is
+  the mean over all their tokens
+- every batch and every random draw is a function of (seed, step, rank): a resumed run is the
+  undisturbed run, bit for bit on a CPU
+- the validation loss ten times a run, on the run's own set and on hep-th (s1)
+- out/SUBSET-LORA/ gets config.json, rows.npz (what it was trained on), metrics.jsonl, checkpoints,
+  adapter/ (the last step's) and adapter-best/ (the lowest validation loss's), in peft's format
+
+Settings and the training loop come first, then the machinery that train_l3m.py shares.
 """
 import argparse
 import json
@@ -30,9 +36,9 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")           # before torch: threads that spin for long make a busy CPU ten times slower,
-os.environ.setdefault("GOMP_SPINCOUNT", "4000")               # threads that never spin a quiet one by a quarter
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")           # before torch: threads that spin long
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")               # make a busy CPU ten times slower,
+import torch                                                  # never a quiet one by a quarter
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,8 +46,346 @@ from tqdm import tqdm
 
 import data_arxiv
 from data_arxiv import bounded, lock, one_line, reading, writing
-from lora import inject, save_adapter
-from model import SHAPES, CausalLM, Config, bos_eos, generate, init_weights, load_config, load_pretrained, load_tokenizer, save_pretrained, token_nll
+from lora import TARGETS, inject, load_adapter, merge, save_adapter
+from model import (SHAPES, CausalLM, ChunkedNLL, Config, bos_eos, fingerprint, generate,
+                   init_weights, load_config, load_pretrained, load_tokenizer, save_pretrained,
+                   token_nll)
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the defaults are the paper's.
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(
+        formatter_class=Help,
+        description="Fine-tune a Llama with LoRA on arXiv abstracts (arXiv:2508.03716).")
+    add = p.add_argument
+    count = bounded(int, 1)
+    add("--base", default="meta-llama/Llama-3.1-8B",
+        help=f"model directory or hub id; with --dry-run also {', '.join(SHAPES)}")
+    add("--data", default="data/arxiv", help="directory that data_arxiv.py prepare wrote")
+    add("--subset", default="s3", help="s1..s10, own, a category, or hep-th:0.7+gr-qc:0.15")
+    add("--lora", type=matrices, default="all", help="qkv, all, or names such as q_proj,v_proj")
+    add("--rank", type=count, default=8, help="r of LoRA")
+    add("--alpha", type=bounded(float, 0, above=True), default=32, help="scale: alpha / rank")
+    add("--dropout", type=bounded(float, 0, 0.999), default=0.05, help="on the adapter's input")
+    add("--quantize", choices=["nf4", "none"], default="nf4", help="the base in 4 bits or in 16")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+        help="of the computation; auto: bfloat16 where the device is fast in it")
+    add("--batch-size", type=count, default=48, help="abstracts a step, over all processes")
+    add("--micro-batch", type=count, default=8,
+        help="abstracts in one forward pass; lower it if memory runs out: the same gradient")
+    add("--checkpoint-activations", action="store_true",
+        help="compute each block again in the backward pass: little memory, 4/3 of the time")
+    add("--epochs", type=count, default=4, help="passes over the training set")
+    add("--max-steps", type=count, help="end, and end the learning-rate schedule, after so many")
+    add("--lr", type=bounded(float, 0, above=True), default=3e-4, help="highest learning rate")
+    add("--min-lr", type=bounded(float, 0), default=3e-6, help="learning rate of the last step")
+    add("--warmup", type=bounded(float, 0, 1), default=0.1, help="fraction of steps that it rises")
+    add("--eval-samples", type=bounded(int, 0), default=512, help="of a validation; 0: all")
+    add("--checkpoint-every", type=count, default=200,
+        help="steps between checkpoints (there is one before each validation, too)")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, help="of batches, adapter, dropout")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
+    add("--deterministic", action="store_true", help="bit-exact repetition on CUDA, too; slower")
+    add("--out", help="run directory (default: out/SUBSET-LORA)")
+    add("--resume", action="store_true", help="go on with the run in --out, or start it")
+    add("--dry-run", action="store_true", help="print sizes, memory and steps: no weights needed")
+    add("--demo", action="store_true", help="the whole path on made-up abstracts; three minutes")
+    args = p.parse_args(argv)
+    lora = args.lora if isinstance(args.lora, str) else ",".join(args.lora)
+    name = "demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{lora}")
+    args.out = args.out or f"out/{name}"
+    return args
+
+
+def matrices(text):
+    """The argparse type of --lora -> "qkv", "all" or a list of names."""
+    if text in TARGETS:
+        return text
+    names = text.split(",")
+    for name in names:
+        if name not in TARGETS["all"]:                        # lm_head: the loss passes it by
+            raise argparse.ArgumentTypeError(
+                f"no linear layer is named {name!r} that LoRA could adapt: qkv, all or some of "
+                f"{','.join(TARGETS['all'])}")
+    return names
+
+
+def learning_rate(step, steps, args):
+    """Of 0-based `step`: linearly up over ceil(warmup * steps), then a cosine down to --min-lr."""
+    warmup = math.ceil(args.warmup * steps)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def count_steps(rows, args):
+    """The steps of a run on so many abstracts."""
+    return min(args.epochs * math.ceil(rows / args.batch_size), args.max_steps or sys.maxsize)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args):
+    """Train, or go on with a run, to its end or until a signal."""
+    rank, world, device = start_processes(args.device)
+    stop = StopSignal()
+    if args.deterministic:
+        make_deterministic()
+    dtype = resolve_dtype(args.dtype, device)
+    ids, texts = data_arxiv.load(args.data, args.subset, "train")
+    held_out = validation_rows(args, len(texts))
+    steps = count_steps(len(texts), args)
+    epoch_steps = math.ceil(len(texts) / args.batch_size)
+    validate_at = {round(i * steps / 9) for i in range(10)}
+
+    # The run directory comes before the minutes of loading: a wrong flag shows at once.
+    run = open_run(args, dtype, rank, (ids, texts), held_out)
+    if run.state and run.state["finished"]:
+        return say(run, f"{run.out} is finished; evaluate: python eval.py perplexity {run.out}")
+    base = run.settings["base"]
+    tokenizer = load_tokenizer(base)
+    bos, eos = bos_eos(load_config(base), tokenizer)
+    held_out = {name: [data_arxiv.encode(tokenizer, text, bos, eos) for text in held_texts]
+                for name, (_, held_texts) in held_out.items()}
+    model, named = load_model(args, base, dtype, device)
+    optimizer = torch.optim.AdamW(named.values(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    meter = Meter(model, dtype, device)
+    step, best = run.restore(named, optimizer, fingerprint(model))
+    stopping = False
+    say(run, f"{args.subset}: {len(texts):,} abstracts, {steps:,} steps, from step {step:,} on; "
+             f"{meter.trained:,} trained parameters; {world} x {device.type}, {dtype}\n"
+             f"utilisation: of the {meter.peak / 1e12:.3g} TFLOP/s of a measured matrix product")
+
+    bar = tqdm(total=steps, initial=step, disable=not run.first, desc=args.subset, unit="step")
+    while True:
+        # The state reaches the disk before a validation, which takes a while.
+        validating = step in validate_at and not stopping
+        if validating or stopping or step % args.checkpoint_every == 0:
+            run.save(step, best, named, optimizer)
+        if validating:
+            losses = validate(model, held_out, args.micro_batch, rank, world, stop)
+            if losses is None:
+                stopping = True
+            else:
+                best = keep_best(run, bar, model, step, losses, best)
+        if stopping or step == steps:
+            break
+
+        # One update of the adapters, on this process's share of the batch.
+        began = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
+        torch.manual_seed(step_seed(args.seed, step, rank))             # for dropout
+        rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
+        mine = [data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in rows[rank::world]]
+        nll = (token_nll(model, *part) for part in micro_batches(mine, args.micro_batch, device))
+        what = f"step {step + 1} (abstracts {', '.join(ids[r] for r in rows)})"
+        loss, norm, stopping = update(list(named.values()), optimizer, nll, 1.0, stop.requested,
+                                      what)
+        step += 1
+        if run.first:
+            record = {"step": step, "epoch": round(step / epoch_steps, 4), "loss": loss,
+                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            record |= meter.read(mine, len(rows), time.perf_counter() - began)
+            run.log(record)
+            bar.set_postfix(epoch=f"{record['epoch']:.2f}", loss=f"{loss:.4f}",
+                            tokens_per_s=f"{record['tokens_per_s']:.0f}",
+                            utilisation=f"{record['flop_utilisation']:.0%}",
+                            memory=f"{record['memory_gb']:.1f}GB", refresh=False)
+            bar.update()
+    bar.close()
+
+    if stopping:
+        return say(run, f"stopped after step {step} of {steps}; go on with --resume")
+    if run.first:
+        save_adapter(model, run.out / "adapter", base)
+    run.save(step, best, named, optimizer, finished=True)
+    say(run, f"{run.out}/adapter is the adapter after step {steps}; lowest validation loss "
+             f"{best['validation_loss']:.4f} at step {best['step']}\n"
+             f"evaluate: python eval.py perplexity {run.out}")
+    run.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# What the loop needs
+
+
+def validation_rows(args, rows):
+    """-> {name of the loss: (ids, texts)} of the run's own set and of s1, where there is one.
+
+    rows: the number of training abstracts, for the error where there are too few abstracts."""
+    sets = {"validation_loss": args.subset}
+    if args.subset != "s1" and "s1" in data_arxiv.available(args.data)["sets"]:
+        sets["validation_loss_s1"] = "s1"
+    found = {}
+    for key, name in sets.items():
+        ids, texts = data_arxiv.load(args.data, name, "validation")
+        if not texts:
+            raise ValueError(f"{name} of {args.data} has no validation abstracts: {rows} for "
+                             "training are too few to split; prepare more")
+        order = np.random.default_rng(args.seed).permutation(len(texts))[:args.eval_samples or None]
+        found[key] = [ids[i] for i in order], [texts[i] for i in order]
+    return found
+
+
+def open_run(args, dtype, rank, train_rows, held_out):
+    """Open the run directory; rows.npz there keeps what the run is trained and validated on.
+
+    train_rows, and each of held_out: (ids, texts). Raises ValueError if a resumed run would go on
+    with other rows."""
+    free = {"resume", "dry_run", "demo", "out", "device", "checkpoint_every", "micro_batch",
+            "checkpoint_activations"}
+    settings = {key: value for key, value in vars(args).items() if key not in free}
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings["data"] = os.path.abspath(args.data)
+    if os.path.isdir(args.base):
+        settings["base"] = os.path.abspath(args.base)
+    counts = {"train": len(train_rows[0]), "validation": len(held_out["validation_loss"][0])}
+    source = data_arxiv.available(args.data)["source"]
+    run = Run(args.out, settings, args.resume, rank, {"sources": [source], "counts": counts})
+    if not run.first or (run.state and run.state["finished"]):
+        return run
+
+    rows = {}
+    for i, kind in enumerate(("ids", "texts")):
+        held = [row for part in held_out.values() for row in part[i]]
+        rows[f"train_{kind}"] = data_arxiv.row_hashes(train_rows[i])
+        rows[f"validation_{kind}"] = data_arxiv.row_hashes(held)
+    path = run.out / "rows.npz"
+    if run.state is None:
+        with writing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **rows)
+        return run
+    with reading(path, "put back the one of this run"), np.load(path) as was:
+        changed = [key for key in rows if not np.array_equal(was[key], rows[key])]
+    if changed:
+        raise ValueError(f"{args.data} is not what {run.out} was started on ({', '.join(changed)} "
+                         "differ): give that --data, or choose another --out")
+    return run
+
+
+def trained_rows(directory):
+    """-> (hashes of the ids, hashes of the texts) that an LM run was trained on, two sets."""
+    path = Path(directory) / "rows.npz"
+    with reading(path, "it is part of every run of train_lm.py"), np.load(path) as rows:
+        return set(rows["train_ids"].tolist()), set(rows["train_texts"].tolist())
+
+
+def load_model(args, base, dtype, device):
+    """-> the base with fresh adapters, in training mode, and {name: trained parameter}."""
+    quantize = None if args.quantize == "none" else args.quantize
+    model = load_pretrained(base, quantize=quantize, dtype=dtype, device=device)
+    inject(model, args.lora, args.rank, args.alpha, args.dropout, args.seed)
+    model.train()
+    model.model.checkpoint_activations = args.checkpoint_activations
+    return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step_seed(*key):
+    """A seed for torch that is a function of numbers such as (seed, step, rank)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def micro_batches(sequences, size, device):
+    """Cuts lists of token ids into parts of `size`; yields (ids end to end, lengths) of each."""
+    for i in range(0, len(sequences), size):
+        ids, lengths = data_arxiv.collate(sequences[i:i + size])
+        yield ids.to(device), lengths
+
+
+@torch.no_grad()
+def validate(model, held_out, micro_batch, rank, world, stop):
+    """-> {name: mean negative log-likelihood of a token, nats}, shared out over the processes.
+
+    held_out: {name: lists of token ids}. None if any process is asked to stop meanwhile."""
+    device = model.lm_head.weight.device
+    losses = {}
+    model.eval()
+    for name, sequences in held_out.items():
+        sums = torch.zeros(3, device=device)                  # nats, tokens, who is asked to stop
+        for part in micro_batches(sequences[rank::world], micro_batch, device):
+            if stop.requested:
+                break
+            nll = token_nll(model, *part)
+            sums[:2] += torch.stack([nll.sum(), nll.new_tensor(float(len(nll)))])
+        sums[2] = float(stop.requested)
+        nats, tokens, asked = sum_over_processes(sums).tolist()
+        if asked:
+            return None
+        if not math.isfinite(nats):
+            raise ValueError(f"the {name} is {nats / tokens}: a weight of the base is not finite, "
+                             "or --lr is too high; the last checkpoint is whole")
+        losses[name] = nats / tokens
+    model.train()
+    return losses
+
+
+def keep_best(run, bar, model, step, losses, best):
+    """Log a validation and, if it is the best so far, keep its adapter -> the best."""
+    run.log({"step": step, **losses})
+    if run.first:
+        bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+    if best and best["validation_loss"] <= losses["validation_loss"]:
+        return best
+    if run.first:
+        save_adapter(model, run.out / "adapter-best", run.settings["base"])
+    return {"step": step, **losses}
+
+
+def say(run, text):
+    """Print in the first process."""
+    if run.first:
+        print(text, flush=True)
+
+
+class Meter:
+    """How fast a step was, beside what this device can do, and how much memory it took."""
+
+    def __init__(self, model, dtype, device):
+        self.config = model.config
+        self.device = device
+        self.frozen = sum(m.in_features * m.out_features for m in model.modules()
+                          if hasattr(m, "in_features"))       # without the embeddings
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.peak = measured_peak(dtype, device)
+
+    def read(self, mine, batch, seconds):
+        """-> the record of a step. mine: this process's sequences of a batch of so many."""
+        lengths = [len(sequence) for sequence in mine]
+        tokens = sum(lengths) - len(lengths)                  # BOS is no target
+        flops = step_flops(self.config, self.frozen, self.trained, lengths)
+        return {"tokens_per_s": round(tokens * batch / len(mine) / seconds, 1),       # of all
+                "flop_utilisation": round(flops / seconds / self.peak, 3),
+                "memory_gb": round(peak_memory_gb(self.device), 3)}
+
+
+def measured_peak(dtype, device):
+    """FLOP/s of a large matrix product here and now, of which utilisation is a fraction.
+
+    It takes half a second, once a run."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                  # .item() waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
+def step_flops(config, frozen, trained, lengths):
+    """FLOP that a LoRA step on sequences of these lengths needs, however it is computed.
+
+    arXiv:2204.02311, appendix B, without the gradients of frozen weights: 4 for each frozen weight
+    and token, 6 for each trained one, and causal attention. frozen: without the embeddings."""
+    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    attention = 6 * heads * sum(n * n for n in lengths)
+    return sum(lengths) * (4 * frozen + 6 * trained) + attention
+
 
 # ------------------------------------------------------------------------------------------------
 # The run machinery: what train_lm.py and train_l3m.py share.
@@ -56,8 +400,8 @@ def start_processes(device="auto"):
         elif torch.backends.mps.is_available():
             device = "mps"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu, or install "
-                         "a CUDA build of torch")
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu, or "
+                         "install a CUDA build of torch")
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
     if device == "cuda":
@@ -127,7 +471,8 @@ def peak_memory_gb(device):
 class StopSignal:
     """SIGTERM (pre-emption, scancel), Ctrl-C and SIGHUP (a closed terminal) set `.requested`.
 
-    The training loop then saves and leaves. A second Ctrl-C kills. Under nohup SIGHUP is ignored."""
+    The training loop then saves and leaves. A second Ctrl-C kills. Under nohup a
+    closed terminal stays ignored."""
 
     def __init__(self):
         self.requested = False
@@ -165,11 +510,12 @@ def update(parameters, optimizer, losses, clip, stop=False, what="this step"):
     flat[-1] = float(stop)
     sum_over_processes(flat)                                  # the only communication of a step
     total, count, asked = flat[-3:].tolist()
-    gradient = flat[:-3].div_(count)                          # of the mean, by any number of processes
+    gradient = flat[:-3].div_(count)                          # of the mean, over all processes
     norm = gradient.norm().item()
     if not math.isfinite(total + norm):
-        raise ValueError(f"the loss of {what} is {total / count}, its gradient norm {norm}: stopped "
-                         "before the update. Look at these, or lower --lr; the last checkpoint is whole")
+        raise ValueError(f"the loss of {what} is {total / count}, its gradient norm {norm}: "
+                         "stopped before the update. Look at these, or lower --lr; the last "
+                         "checkpoint is whole")
     gradient.mul_(min(1.0, clip / (norm + 1e-6)))
     optimizer.step()                                          # passes over what has no gradient
     optimizer.zero_grad(set_to_none=True)
@@ -238,8 +584,8 @@ class Run:
                       f"step {state['step']}", file=sys.stderr, flush=True)
             return [path, state]
         if damage:
-            raise ValueError(f"no whole checkpoint is left: {'; '.join(damage)}. Put a copy of one in "
-                             "its place, or choose another --out")
+            raise ValueError(f"no whole checkpoint is left: {'; '.join(damage)}. Put a copy of one "
+                             "in its place, or choose another --out")
         return [None, None]
 
     def write_config(self, checkpoint, data):
@@ -251,12 +597,15 @@ class Run:
                 config = json.loads(path.read_text())
                 old = dict(config["settings"])
             data = config.get("data")
-            changed = [f"{key} was {reprlib.repr(old.get(key))}, now {reprlib.repr(settings.get(key))}"
-                       for key in sorted(old | settings)
-                       if key not in PATHS and old.get(key) != settings.get(key)]
+            changed = []
+            for key in sorted((old | settings).keys() - set(PATHS)):
+                was, now = old.get(key), settings.get(key)
+                if was != now:
+                    changed.append(f"{key} was {reprlib.repr(was)}, now {reprlib.repr(now)}")
             if changed:
-                raise ValueError(f"{self.out} was started with other settings: {'; '.join(changed)}. "
-                                 "Resume with the old ones, or choose another --out")
+                raise ValueError(f"{self.out} was started with other settings: "
+                                 f"{'; '.join(changed)}. Resume with the old ones, or choose "
+                                 "another --out")
         config = {"settings": settings, "directory": os.path.abspath(self.out)}
         if data is not None:
             config["data"] = data
@@ -330,9 +679,9 @@ class Run:
             for part, value in optimizer.state[p].items():
                 tensors[f"{name}/{part}"] = value
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        state = {"step": step, "best": best, "fingerprint": self.fingerprint, "finished": finished,
-                 "checksum": checksum(tensors)}
-        metadata = {"state": json.dumps(state, sort_keys=True)}          # several keys: random order
+        state = {"step": step, "best": best, "fingerprint": self.fingerprint,
+                 "finished": finished, "checksum": checksum(tensors)}
+        metadata = {"state": json.dumps(state, sort_keys=True)}         # two keys: in random order
         with writing(self.newest) as temporary:
             save_file(tensors, temporary, metadata=metadata)
             if self.newest.exists():                          # a kill here leaves the one before
@@ -376,7 +725,7 @@ def read_settings(directory, experiment=None):
     directory = Path(directory)
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} is no run: it has no config.json; give the --out of a training")
+        raise ValueError(f"{directory} is no run (no config.json): give the --out of a training")
     with reading(path, "give the --out of train_lm.py or train_l3m.py"):
         config = json.loads(path.read_text())
         settings = dict(config["settings"])
@@ -384,7 +733,7 @@ def read_settings(directory, experiment=None):
     kind = settings.get("experiment", "lm")
     if experiment and kind != experiment:
         command = "perplexity" if kind == "lm" else kind
-        raise ValueError(f"{directory} is another experiment's run: python eval.py {command} {directory}")
+        raise ValueError(f"{directory} is another experiment's run: use eval.py {command}")
     result = "adapter/adapter_model.safetensors" if kind == "lm" else "model.safetensors"
     if experiment and not (directory / result).is_file():
         raise ValueError(f"{directory} has no {result} yet: go on with the training by --resume")
@@ -424,338 +773,186 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-# ====================================================================================================== settings
+# ------------------------------------------------------------------------------------------------
+# --dry-run
+
+LIBRARIES = 0.25e9                                            # bytes that Python and torch take
 
 
-def arguments(argv=None):
-    p = argparse.ArgumentParser(description="Fine-tune a Llama with LoRA on arXiv abstracts (arXiv:2508.03716). The defaults are the paper's.",
-                                formatter_class=Help)
-    p.add_argument("--base", default="meta-llama/Llama-3.1-8B", help=f"model directory or hub id; with --dry-run also {', '.join(SHAPES)}")
-    p.add_argument("--data", default="data/arxiv", help="directory that data_arxiv.py prepare wrote")
-    p.add_argument("--subset", default="s3", help="s1..s10, own, a category, or a recipe such as hep-th:0.7+gr-qc:0.15")
-    p.add_argument("--lora", default="all", help="adapted matrices: qkv, all, or names such as q_proj,v_proj")
-    p.add_argument("--rank", type=int, default=8, help="r of LoRA")
-    p.add_argument("--alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
-    p.add_argument("--dropout", type=float, default=0.05, help="on the adapter's input")
-    p.add_argument("--quantize", choices=["nf4", "none"], default="nf4", help="the frozen base in 4 bits or in 16")
-    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16 where it is fast")
-    p.add_argument("--batch-size", type=int, default=48, help="abstracts a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=8, help="abstracts in one forward pass, gradients accumulate; lower it if memory runs out: the same gradient, up to rounding and dropout's draws")
-    p.add_argument("--checkpoint-activations", action="store_true", help="keep each block's input only and compute the block again in the backward pass: a fraction of the memory, 4/3 of the time")
-    p.add_argument("--epochs", type=int, default=4)
-    p.add_argument("--max-steps", type=int, help="stop (and end the learning-rate schedule) after so many steps")
-    p.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
-    p.add_argument("--min-lr", type=float, default=3e-6, help="learning rate of the last step")
-    p.add_argument("--warmup", type=float, default=0.1, help="fraction of the steps with a rising learning rate")
-    p.add_argument("--eval-samples", type=int, default=512, help="abstracts of a validation; 0: all")
-    p.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints (there is one at each validation, too)")
-    p.add_argument("--seed", type=int, default=42)
-    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    p.add_argument("--deterministic", action="store_true", help="bit-exact repetition on CUDA, too; slower")
-    p.add_argument("--out", help="run directory; default out/SUBSET-LORA")
-    p.add_argument("--profile", action="store_true", help="write trace.json, a torch profiler trace of steps 3 to 5 (open it at ui.perfetto.dev), and print where the time goes")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out (or start it, if there is none)")
-    p.add_argument("--dry-run", action="store_true", help="print sizes, memory, steps and tokens as JSON and stop: no weights needed")
-    p.add_argument("--demo", action="store_true", help="the whole path on made-up abstracts and a small model trained on the spot; two minutes")
-    args = p.parse_args(argv)
-    args.out = args.out or "out/" + ("demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{args.lora}"))
-    args.lora = args.lora if args.lora in ("qkv", "all") else args.lora.split(",")
-    for name in ("rank", "batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    return args
+def kept_bytes(forward, model, decoder):
+    """Bytes that autograd keeps of forward() for the backward pass, beside the model's own tensors.
+
+    On the meta device, where nothing is computed. If `decoder` checkpoints its activations: the
+    input of each block, and the insides of the one that is computed again."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    total = sum(storage.nbytes() for storage in kept.values())
+    if decoder.checkpoint_activations:
+        decoder.checkpoint_activations = False
+        total += kept_bytes(forward, model, decoder) / len(decoder.layers)
+        decoder.checkpoint_activations = True
+    return total
 
 
-def learning_rate(step, steps, args):
-    """Of 0-based `step`: up linearly over the first ceil(warmup * steps), then down a cosine to --min-lr at the last step."""
-    warmup = math.ceil(args.warmup * steps)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+def estimate(args, device, dtype):
+    """Parameters and peak memory of one process, from shapes alone; an abstract is 250 tokens.
 
+    memory_gb is what the process owns; on a CPU, 16-bit weights that are used as they are on disk
+    stay in mapped files, mapped_gb, which the system takes back at will."""
+    config = load_config(args.base)
+    with torch.device("meta"):
+        model = CausalLM(config).to(dtype)
+        total = sum(p.numel() for p in model.parameters())
+        trained = inject(model, args.lora, args.rank, args.alpha, args.dropout)
+        ids = torch.zeros(args.micro_batch, 250, dtype=torch.int64)
+    model.train()
+    model.model.checkpoint_activations = args.checkpoint_activations
+    if device.type != "cpu":                                  # fused attention keeps no scores,
+        ids = ids.view(-1, 1)                                 # like that of lone tokens
 
-def count_steps(rows, args):
-    return min(args.epochs * math.ceil(rows / args.batch_size), args.max_steps or sys.maxsize)
+    def forward():
+        hidden = model.model(ids).flatten(0, 1)
+        ChunkedNLL.apply(hidden, model.lm_head.weight, ids.flatten())
+    kept = kept_bytes(forward, model, model.model)
 
-
-def measured_peak(dtype, device):
-    """FLOP/s of a large matrix product here and now: what model FLOP utilisation is a fraction of. Half a second, once a run."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()                                  # .item() waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / min(seconds)
-
-
-def step_flops(config, frozen, trainable, lengths):
-    """FLOP that a LoRA step on sequences of these lengths must do, whatever an implementation does (arXiv:2204.02311, appendix B, without the
-    gradients of frozen weights): 4 for each frozen weight and token, 6 for each trained one, and causal attention. frozen: without the embeddings."""
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sum(n * n for n in lengths)
-    return sum(lengths) * (4 * frozen + 6 * trainable) + attention
+    sizes = [p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    four_bit = sum(sizes) if args.quantize == "nf4" else 0
+    full = (total - four_bit) * dtype.itemsize
+    mapped = full if device.type == "cpu" and dtype.itemsize == 2 else 0
+    owned = full - mapped
+    owned += four_bit * 0.516                                 # NF4: 4.127 bits a weight
+    owned += 2 * max(sizes) * dtype.itemsize                  # the two matrices at work
+    owned += trained * 16                                     # weight, gradient, AdamW's moments
+    owned += kept
+    owned += ChunkedNLL.ROWS * config.vocab_size * (4 + dtype.itemsize)         # logits and softmax
+    owned += LIBRARIES if device.type == "cpu" else 0
+    return {"trainable_parameters": trained, "total_parameters": total + trained,
+            "memory_gb": round(owned / 1e9, 2), "mapped_gb": round(mapped / 1e9, 2)}
 
 
 def dry_run(args):
-    """Parameters, memory, steps and tokens of a run, from shapes alone. The memory is an estimate for one process."""
-    config, quantize = load_config(args.base), args.quantize == "nf4"
-    with torch.device("meta"):
-        model = CausalLM(config)
-        total = sum(p.numel() for p in model.parameters())
-        trainable = inject(model, args.lora, args.rank, args.alpha, args.dropout)
-    projections = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
-    weights = projections * (0.516 if quantize else 2) + (total - projections) * 2    # 4.127 bits a weight, the rest in 16 bit
-    tokens_kept = args.micro_batch * 250                                              # a generous abstract
-    layer = tokens_kept * 2 * (12 * config.hidden_size + 4.5 * config.intermediate_size)    # kept for the backward pass, counted on SmolLM2
-    kept = layer + config.num_hidden_layers * tokens_kept * 2 * config.hidden_size if args.checkpoint_activations else config.num_hidden_layers * layer
-    memory = weights + trainable * 16 + kept + 256 * config.vocab_size * 6
-    steps = tokens = None
-    if (Path(args.data) / "manifest.json").exists():
-        manifest = data_arxiv.available(args.data)
-        rows = manifest["sets"].get(args.subset, {}).get("train")
-        if rows:
-            steps = count_steps(rows, args)
-            seen = steps * args.batch_size / rows if args.max_steps else args.epochs
-            tokens = round(seen * (manifest["characters"][args.subset]["train"] / 3.8 + rows))    # 3.8 characters a token, and EOS
-    print(json.dumps({"config": {**vars(args), "model": vars(config)}, "trainable_parameters": trainable,
-                      "total_parameters": total + trainable, "memory_gb": round(memory / 1e9, 2), "steps": steps, "tokens": tokens}, indent=1))
+    """Print parameters, memory, steps and tokens of a run; auto is a GPU here, in bfloat16."""
+    device = torch.device("cuda" if args.device == "auto" else args.device)
+    dtype = torch.bfloat16
+    if args.dtype != "auto" or device.type != "cuda":
+        dtype = resolve_dtype(args.dtype, device)
+    report = {"base": args.base, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+              **estimate(args, device, dtype), "steps": None, "tokens": None}
+    try:
+        texts = data_arxiv.load(args.data, args.subset, "train")[1]
+    except ValueError as e:
+        report["steps and tokens"] = str(e)
+    else:
+        report["steps"] = count_steps(len(texts), args)
+        characters = sum(map(len, texts)) / len(texts)
+        epochs = report["steps"] * args.batch_size / len(texts) if args.max_steps else args.epochs
+        report["tokens"] = round(epochs * len(texts) * (characters / 3.8 + 1))  # 3.8 a token; EOS
+    print(json.dumps(report, indent=1))
 
 
-# ====================================================================================================== training
+# ------------------------------------------------------------------------------------------------
+# --demo
 
 
-@torch.no_grad()
-def validation_loss(model, sequences, args, rank, world, device):
-    """Mean negative log-likelihood a token, nats, over `sequences` (lists of ids), shared out over the processes."""
-    model.eval()
-    total = torch.zeros(2, device=device, dtype=torch.float32)
-    mine = sequences[rank::world]
-    for i in range(0, len(mine), args.micro_batch):
-        ids, lengths = data_arxiv.collate(mine[i:i + args.micro_batch])
-        nll = token_nll(model, ids.to(device), lengths)
-        total += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=device)])
-    model.train()
-    nll, tokens = sum_over_processes(total).tolist()
-    return nll / tokens
+def part(script, *flags):
+    """Run one of our scripts as a part of a demo; ValueError if it fails, as it has told."""
+    command = [sys.executable, Path(__file__).with_name(script), *map(str, flags)]
+    if subprocess.run(command).returncode:
+        raise ValueError(f"a part of the demo failed, see above ({script})")
 
 
-def start_profiler(out, device):
-    """A torch profiler of steps 3 to 5; it then writes out/trace.json and prints where the time went. Call .step() after each step, .stop() at the end."""
-    def finished(profiler):
-        profiler.export_chrome_trace(str(Path(out) / "trace.json"))
-        print(profiler.key_averages().table(sort_by=f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total", row_limit=10, max_name_column_width=40), flush=True)
-    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=finished)
-    profiler.start()
-    return profiler
-
-
-def train(args):
-    rank, world, device = start_processes(args.device)
-    main, stop = rank == 0, StopSignal()
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    dtype = resolve_dtype(args.dtype, device)
-
-    # Data: texts are encoded when they are drawn; a batch takes milliseconds.
-    ids, texts = data_arxiv.load(args.data, args.subset, "train")
-    manifest = data_arxiv.available(args.data)
-    base = os.path.abspath(args.base) if os.path.isdir(args.base) else args.base
-    tokenizer = load_tokenizer(base)
-    bos, eos = bos_eos(load_config(base), tokenizer)
-    steps = count_steps(len(texts), args)
-    validation = {}
-    for name, key in ((args.subset, "validation_loss"), ("s1", "validation_loss_s1")):
-        if key == "validation_loss" or name != args.subset and name in manifest["sets"]:
-            held_out = data_arxiv.load(args.data, name, "validation")[1]
-            if not held_out:
-                raise ValueError(f"{name} of {args.data} has no validation abstracts: {len(texts)} for training are too few to split; prepare more")
-            order = np.random.default_rng(args.seed).permutation(len(held_out))[:args.eval_samples or None]
-            validation[key] = [data_arxiv.encode(tokenizer, held_out[i], bos, eos) for i in order]
-    validate_at = {round(i * steps / 9) for i in range(10)}
-
-    # The run directory, before the minutes of loading: a wrong flag should show at once.
-    free = {"resume", "dry_run", "demo", "out", "device", "checkpoint_every", "micro_batch", "checkpoint_activations", "profile"}             # may change between resumptions
-    settings = {k: v for k, v in vars(args).items() if k not in free} | {
-        "base": base, "data": os.path.abspath(args.data), "dtype": str(dtype).removeprefix("torch."), "data_checksums": sorted(manifest["checksums"])}
-    if main:
-        print(json.dumps(settings | {"processes": world, "device": str(device), "steps": steps, "abstracts": len(texts)}, indent=1), flush=True)
-    checkpoint = [open_run(args.out, settings, args.resume) if main else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(checkpoint)
-    checkpoint, = checkpoint
-
-    model = load_pretrained(base, quantize=None if args.quantize == "none" else "nf4", dtype=dtype, device=device)
-    trainable = inject(model, args.lora, args.rank, args.alpha, args.dropout, args.seed)
-    model.train()
-    model.model.checkpoint_activations = args.checkpoint_activations
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
-    step, best = 0, None
-    if checkpoint:
-        state = restore(checkpoint, named, optimizer)
-        step, best = state["step"], state["best"]
-    if main:
-        print(f"{trainable:,} trainable parameters; {'resumed after' if checkpoint else 'starting at'} step {step} of {steps}", flush=True)
-        metrics = open_metrics(args.out, step)
-
-        peak = world * measured_peak(dtype, device)
-        print(f"{peak / 1e12:.3g} TFLOP/s in a large matrix product on {world} {device.type}{'s' * (world > 1)}, which utilisation is a fraction of", flush=True)
-
-    frozen = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
-
-    # One flat buffer holds all gradients and, behind them, the four sums that go round with them: one all_reduce a step.
-    flat = torch.zeros(trainable + 4, device=device)
-    for p, gradient in zip(named.values(), flat[:-4].split([p.numel() for p in named.values()])):
-        p.grad = gradient.view_as(p)
-
-    def checkpoint_now():
-        if main:
-            save_checkpoint(args.out, step, optimizer_tensors(named, optimizer), {"step": step, "best": best, "settings": settings}, best and best["step"])
-
-    def validate_now():
-        nonlocal best
-        losses = {key: validation_loss(model, sequences, args, rank, world, device) for key, sequences in validation.items()}
-        if best is None or losses["validation_loss"] < best["validation_loss"]:
-            best = {"step": step, **losses}
-        if main:
-            bar.write(f"step {step:6d}  " + "  ".join(f"{key} {loss:.4f}" for key, loss in losses.items()))
-            metrics.write(json.dumps({"step": step, **losses}) + "\n")
-
-    with tqdm(total=steps, initial=step, disable=not main, desc=args.subset, unit="step", dynamic_ncols=True) as bar:
-        if checkpoint is None:
-            validate_now()
-            checkpoint_now()
-        profiler = start_profiler(args.out, device) if args.profile and main else None
-        while step < steps:
-            began = time.perf_counter()
-            rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))     # for dropout
-            flat.zero_()
-            mine = rows[rank::world]
-            for i in range(0, len(mine), args.micro_batch):
-                batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in mine[i:i + args.micro_batch]])
-                nll = token_nll(model, batch.to(device), lengths)
-                nll.sum().backward()                              # adds to p.grad, that is to `flat`
-                flat[-4] += nll.detach().sum()
-                flat[-3] += len(nll)
-                flat[-2] += step_flops(model.config, frozen, trainable, lengths) / 1e12
-            flat[-1] = float(stop.requested)
-            sum_over_processes(flat)
-            total, tokens, teraflop, stopping = flat[-4:].tolist()
-            loss, gradient = total / tokens, flat[:-4].div_(tokens)
-            norm = gradient.norm().item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ValueError(f"the loss of step {step + 1} is {loss}, its gradient norm {norm}: stopped before the update. Its abstracts: "
-                                 f"{', '.join(ids[r] for r in rows)}. Look at them, or lower --lr; the last checkpoint is whole")
-            gradient.mul_(min(1.0, 1.0 / (norm + 1e-6)))          # clip at 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args)
-            optimizer.step()
-            step += 1
-            if main:
-                epoch, seconds = step / math.ceil(len(texts) / args.batch_size), time.perf_counter() - began
-                record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                          "tokens_per_s": round(tokens / seconds, 1), "flop_utilisation": round(teraflop * 1e12 / seconds / peak, 3), "memory_gb": round(peak_memory_gb(device), 3)}
-                metrics.write(json.dumps(record) + "\n")
-                bar.update()
-                bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", tokens_per_s=f"{record['tokens_per_s']:.0f}",
-                                utilisation=f"{record['flop_utilisation']:.0%}", memory=f"{record['memory_gb']:.1f}GB")
-            if profiler:
-                profiler.step()
-            if step in validate_at:
-                validate_now()
-            if step in validate_at or step % args.checkpoint_every == 0 or stopping:
-                checkpoint_now()
-            if stopping and step < steps:
-                if main:
-                    print(f"stopped after step {step} of {steps}; go on with --resume", flush=True)
-                return
-        if profiler:
-            profiler.stop()
-    if main:
-        save_adapter(model, Path(args.out) / "adapter", base)
-        print(f"{args.out}/adapter is the adapter after step {steps}; lowest validation loss {best['validation_loss']:.4f} at step {best['step']}\n"
-              f"evaluate: python eval.py perplexity {args.out}", flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-# ========================================================================================================== demo
-
-
-def demo(args):
-    """The whole path on made-up abstracts: snapshot, training sets, tokenizer, a small base model, NF4, LoRA, perplexity, a completion."""
+def train_tokenizer(texts):
+    """-> a byte-level BPE tokenizer of 2,048 tokens; BOS is 0 and EOS is 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    out = Path(args.out)
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    print("1. A made-up snapshot (synthetic: the words mean nothing), prepared into training sets", flush=True)
-    data_arxiv.synthesize(out / "snapshot.jsonl", records=6000, seed=0)
-    data_arxiv.prepare(out / "snapshot.jsonl", out / "data")
-
-    print("2. A tokenizer and a small base model, trained for 40 seconds on every category, with little hep-th among them", flush=True)
-    texts = data_arxiv.load(out / "data", "hep-th:0.1+hep-ph+gr-qc+q-bio+cs", "train")[1]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=["<s>", "</s>"], show_progress=False,
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    config = Config("llama", tokenizer.get_vocab_size(), 192, 512, 4, 6, 2, 32, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=["<s>", "</s>"],
+                                  show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_base(tokenizer, texts, seconds):
+    """-> a small model, trained on `texts` for so many seconds."""
     torch.manual_seed(0)
-    base = CausalLM(config)
+    base = CausalLM(Config("llama", tokenizer.get_vocab_size(), 192, 512, 4, 6, 2, 32,
+                           max_position_embeddings=2048, bos_token_id=0, eos_token_id=1))
     init_weights(base)
-    optimizer, seconds, began, losses = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95)), 40, time.time(), []
+    optimizer = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95))
     bar = tqdm(total=seconds, desc="base", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
+    began = time.time()
+    step = 0
     while time.time() - began < seconds:
-        rows = data_arxiv.batch_rows(len(texts), 8, 0, len(losses))
-        batch, lengths = data_arxiv.collate([data_arxiv.encode(tokenizer, texts[r], 0, 1) for r in rows])
-        loss = token_nll(base, batch, lengths).mean()
+        rows = data_arxiv.batch_rows(len(texts), 8, 0, step)
+        sequences = [data_arxiv.encode(tokenizer, texts[r], 0, 1) for r in rows]
+        loss = token_nll(base, *data_arxiv.collate(sequences)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        step += 1
         bar.n = min(time.time() - began, seconds)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
-    save_pretrained(base, out / "base")
-    tokenizer.save(str(out / "base" / "tokenizer.json"))
+    return base
+
+
+def demo(args):
+    """The whole path: snapshot, sets, a small base, NF4, LoRA, perplexity, a completion."""
+    out = fresh_demo(args.out, ["snapshot.jsonl", "data", "base", "s1-all"])
+    print("The whole path in three minutes on two CPU cores\n1. A made-up snapshot (synthetic: the "
+          "words mean nothing), prepared into training sets", flush=True)
+    data_arxiv.synthesize(out / "snapshot.jsonl", records=6000, seed=0)
+    data_arxiv.prepare(out / "snapshot.jsonl", out / "data")
+
+    print("2. A tokenizer and a small base model, trained for 40 seconds on every category, with "
+          "little hep-th among them", flush=True)
+    texts = data_arxiv.load(out / "data", "hep-th:0.1+hep-ph+gr-qc+q-bio+cs", "train")[1]
+    tokenizer = train_tokenizer(texts)
+    save_pretrained(train_base(tokenizer, texts, seconds=40), out / "base")
+    with writing(out / "base" / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
 
     print("3. The base again, in NF4, fine-tuned with LoRA on hep-th (set s1)", flush=True)
-    here = Path(__file__).resolve().parent
-    subprocess.run([sys.executable, here / "train_lm.py", "--base", out / "base", "--data", out / "data", "--subset", "s1", "--lora", "all",
-                    "--batch-size", "16", "--max-steps", "60", "--lr", "2e-3", "--eval-samples", "32", "--out", out / "s1-all"], check=True)
+    part("train_lm.py", "--base", out / "base", "--data", out / "data", "--subset", "s1",
+         "--batch-size", 16, "--max-steps", 60, "--lr", 2e-3, "--eval-samples", 32,
+         "--out", out / "s1-all")
 
     print("4. Perplexity of the hep-th test split, before and after", flush=True)
-    subprocess.run([sys.executable, here / "eval.py", "perplexity", out / "s1-all"], check=True)
+    part("eval.py", "perplexity", out / "s1-all")
 
     print("5. A completion by the fine-tuned model", flush=True)
-    from lora import load_adapter, merge
     model = load_pretrained(str(out / "base"), dtype=torch.float32)
     load_adapter(model, out / "s1-all" / "adapter")
     merge(model)
     truth = data_arxiv.load(out / "data", "s1", "test")[1][0].split()
     prompt = " ".join(truth[:20])
-    completion = generate(model, [data_arxiv.encode(tokenizer, prompt, 0, None)], max_new_tokens=80, eos=1)[0]
-    print(f"PROMPT:     {prompt}\nCOMPLETION: {tokenizer.decode(completion)}\n\nEverything is in {out}. Next: real abstracts and a real model, see README.md")
+    start = data_arxiv.encode(tokenizer, prompt, 0, None)
+    completion = generate(model, [start], max_new_tokens=80, eos=1)[0]
+    print(f"PROMPT:     {prompt}\nCOMPLETION: {tokenizer.decode(completion)}\n\n"
+          f"Everything is in {out}. Next: real abstracts and a real model, see README.md")
 
 
 def main(argv=None):
     args = arguments(argv)
-    try:
-        dry_run(args) if args.dry_run else demo(args) if args.demo else train(args)
-    except subprocess.CalledProcessError as e:
-        fail(f"a part of the demo failed, see above ({Path(e.cmd[1]).name})")
-    except torch.OutOfMemoryError:
-        fail(f"out of memory: lower --micro-batch (now {args.micro_batch}) or add --checkpoint-activations")
-    except (ValueError, OSError) as e:
-        fail(e)
-    except RuntimeError as e:
-        if "not enough memory" in str(e) or "can't allocate memory" in str(e):
-            fail(f"out of memory: lower --micro-batch (now {args.micro_batch}) or add --checkpoint-activations")
-        raise
+    advice = f"lower --micro-batch (now {args.micro_batch}) or add --checkpoint-activations"
+    with one_line(advice):
+        if args.dry_run:
+            dry_run(args)
+        elif args.demo:
+            demo(args)
+        else:
+            train(args)
+        end_processes()
 
 
 if __name__ == "__main__":
