@@ -366,8 +366,8 @@ def available(directory):
     if not path.exists():
         raise ValueError(
             f"no prepared abstracts in {directory} (no manifest.json): `curl -L -o arxiv.zip https:"
-            "//www.kaggle.com/api/v1/datasets/download/Cornell-University/arxiv` (about 1.5 GB, no "
-            "account; version 193 has the paper's splits), unzip it, then `python data_arxiv.py "
+            "//www.kaggle.com/api/v1/datasets/download/Cornell-University/arxiv` (4.5 GB "
+            "unpacked, no account; version 193 has the paper's splits), unzip it, then `python data_arxiv.py "
             f"prepare arxiv-metadata-oai-snapshot.json --out {directory}`")
     with reading(path, "run prepare again"):
         manifest = json.loads(path.read_text())
@@ -484,7 +484,7 @@ def read_lines(path):
         if magic.startswith(b"PK\x03\x04"):
             raise ValueError(f"{path} is a zip archive: unzip it and give the .json inside")
         if magic.startswith(encodings):
-            raise ValueError(f"{path}, line 1: UTF-16 or UTF-32: convert it to UTF-8, as iconv does")
+            raise ValueError(f"{path}, line 1: UTF-16 or UTF-32: convert it to UTF-8 (iconv)")
         file = gzip.GzipFile(fileobj=raw) if magic.startswith(b"\x1f\x8b") else raw
         size = os.path.getsize(path)
         name = Path(path).name

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +83,12 @@ def test_split_of_tiny_pools_loses_nothing():
 
 @pytest.mark.parametrize("n", [200_000, 200_001, 534_243])
 def test_cs_sample_is_that_of_pandas(n):
-    group = np.full(n, d.GROUPS.index("cs"), np.uint8)
+    group = np.full(n, d.CODES.index("cs"), np.uint8)
     assert d.pool(group, "cs").tolist() == pandas.DataFrame({"row": range(n)}).sample(n=200_000, random_state=42)["row"].tolist()
 
 
 def test_cs_with_fewer_rows_is_all_of_them():
-    assert d.pool(np.full(199_999, d.GROUPS.index("cs"), np.uint8), "cs").tolist() == list(range(199_999))
+    assert d.pool(np.full(199_999, d.CODES.index("cs"), np.uint8), "cs").tolist() == list(range(199_999))
 
 
 @pytest.mark.parametrize("n, sizes", [(105_384, (73_768, 15_808, 15_808)), (195_909, (137_136, 29_386, 29_387))])
@@ -97,7 +98,7 @@ def test_published_pool_sizes_of_version_193(n, sizes):
 
 def test_published_set_sizes_of_version_193():
     """132,678 hep-ph and 63,776 gr-qc records leave 195,909 after the withdrawn ones; how they share that does not matter here."""
-    group = np.repeat(np.array([d.GROUPS.index(c) for c in ("hep-th", "hep-ph", "gr-qc")], np.uint8), [105_384, 132_283, 63_626])
+    group = np.repeat(np.array([d.CODES.index(c) for c in ("hep-th", "hep-ph", "gr-qc")], np.uint8), [105_384, 132_283, 63_626])
     assert tuple(len(d.select(group, "s3", split)[0]) for split in d.SPLITS) == (210_904, 45_194, 45_195)
     for name in ("s4", "s5", "s6", "s9"):                                       # the size of hep-th, whatever is mixed in
         assert tuple(len(d.select(group, name, split)[0]) for split in d.SPLITS) == (73_768, 15_808, 15_808)
@@ -153,17 +154,17 @@ def test_every_set_id_for_id(snapshot, tmp_path, monkeypatch):
     for name, splits in authors_sets(snapshot, 1200).items():
         for split, (ids, texts) in splits.items():
             assert d.load(tmp_path, name, split) == (list(ids), list(texts)), (name, split)
-            sizes = manifest["sets"] if name in d.SETS else manifest["categories"]
-            assert sizes[name][split] == len(ids)
+            assert manifest["sets"][name][split] == len(ids)
             assert manifest["characters"][name][split] == sum(map(len, texts))
 
 
 @needs_real
 def test_real_abstracts_id_for_id(tmp_path):
     manifest = d.prepare(REAL, tmp_path)
-    kept = {"records": 25_224, "withdrawn": 18, "kept": 25_206, "train": 17_644, "validation": 3_781, "test": 3_781}
-    assert manifest["categories"]["hep-th"] == kept and list(manifest["sets"]) == ["s1"]
-    assert set(manifest["unavailable"]) == {f"s{i}" for i in range(2, 11)}
+    assert manifest["categories"]["hep-th"] == {"records": 25_224, "withdrawn": 18, "kept": 25_206}
+    sizes = {"train": 17_644, "validation": 3_781, "test": 3_781}
+    assert manifest["sets"] == {"hep-th": sizes, "s1": sizes}
+    assert set(manifest["unavailable"]) == {f"s{i}" for i in range(2, 11)} | {"hep-ph", "gr-qc", "q-bio", "cs", "joint"}
     frame = pandas.DataFrame([json.loads(text) for text in gzip.open(REAL)])
     frame = frame[~frame["comments"].str.lower().str.contains("withdrawn", na=False) & ~frame["abstract"].str.contains("[wW]ithdrawn")]
     frame["abstract"] = frame["abstract"].str.replace(r"\n\s*", " ", regex=True).str.strip()
@@ -228,7 +229,7 @@ def test_lines_out_of_the_ordinary(tmp_path):
     assert [row["id"] for row in rows] == [*wanted, "a99"]
     assert rows[0]["abstract"] == imitation and rows[7]["abstract"] == "Poincar\u00e9 \U0001d54a"
     first = len(wanted) + 1 + len(unwanted) + 1
-    assert manifest["sources"]["snapshot"]["broken_lines"] == {"count": len(broken), "first": list(range(first, first + 10))}
+    assert manifest["source"]["broken_lines"] == {"count": len(broken), "first": list(range(first, first + 10))}
     shown = run("prepare", tmp_path / "s.jsonl", "--out", tmp_path / "out")
     assert shown.returncode == 0 and f"{len(broken)} broken lines skipped (line {first}, {first + 1}" in shown.stdout
 
@@ -236,22 +237,36 @@ def test_lines_out_of_the_ordinary(tmp_path):
 def test_gz_and_plain_give_the_same(snapshot, prepared, tmp_path):
     (tmp_path / "s.gz").write_bytes(gzip.compress(snapshot.read_bytes()))
     manifest = d.prepare(tmp_path / "s.gz", tmp_path / "out")
-    assert manifest["checksums"] == d.available(prepared)["checksums"] and manifest["sets"] == d.available(prepared)["sets"]
+    assert manifest["checksum"] == d.available(prepared)["checksum"] and manifest["sets"] == d.available(prepared)["sets"]
+    assert manifest["source"]["file"] == "s.gz" and len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_manifest_and_checksums(prepared):
     manifest = d.available(prepared)
-    for name, checksum in manifest["checksums"].items():
-        assert hashlib.sha256((prepared / name).read_bytes()).hexdigest() == checksum
-    assert sorted(p.name for p in prepared.iterdir()) == sorted([*manifest["checksums"], "manifest.json"])
-    for count in manifest["categories"].values():
-        assert count["kept"] == count["records"] - count["withdrawn"] == sum(count[split] for split in d.SPLITS)
-    assert set(manifest["categories"]) == {*d.CATEGORIES, "joint"} and set(manifest["sets"]) == set(d.SETS)
+    name = manifest["checksum"]
+    index = np.load(prepared / f"index-{name}.npy")
+    assert index.dtype == d.ROW and f"{zlib.crc32(index.tobytes()):08x}" == name and d.ROW_FORMAT.size == d.ROW.itemsize
+    lines = (prepared / f"abstracts-{name}.jsonl").read_bytes().splitlines(keepends=True)
+    assert [zlib.crc32(text) for text in lines] == index["crc32"].tolist() and list(map(len, lines)) == index["size"].tolist()
+    records = [json.loads(text) for text in lines]
+    assert [len(r["abstract"]) for r in records] == index["characters"].tolist()
+    assert d.row_hashes([r["id"] for r in records]).tolist() == index["id"].tolist()
+    assert sorted(p.name for p in prepared.iterdir()) == [f"abstracts-{name}.jsonl", f"index-{name}.npy", "manifest.json"]
+    for category, count in manifest["categories"].items():
+        assert count["kept"] == count["records"] - count["withdrawn"] == sum(manifest["sets"][category].values())
+    assert set(manifest["categories"]) == {*d.CATEGORIES, "joint"} and set(manifest["sets"]) == {*d.SETS, *d.CATEGORIES, "joint"}
+
+
+def test_row_hashes():
+    hashes = d.row_hashes(["", "hep-th/9711200", "Schr\u00f6dinger"])
+    assert hashes.dtype == np.uint64 and len(d.row_hashes([])) == 0 and d.row_hashes([]).dtype == np.uint64
+    expected = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in ("", "hep-th/9711200", "Schr\u00f6dinger")]
+    assert hashes.astype("<u8").tobytes() == b"".join(expected)
 
 
 def test_only_some_categories(snapshot, prepared, tmp_path):
     manifest = d.prepare(snapshot, tmp_path, ("hep-th", "hep-ph", "gr-qc"))
-    assert set(manifest["sets"]) == {f"s{i}" for i in range(1, 10)}
+    assert set(manifest["sets"]) == {"hep-th", "hep-ph", "gr-qc", "joint", *(f"s{i}" for i in range(1, 10))}
     assert manifest["unavailable"] == {"s10": "no q-bio, cs records in the prepared data"}
     assert d.load(tmp_path, "s9", "test") == d.load(prepared, "s9", "test")
     with pytest.raises(ValueError, match="s10 is unavailable: no q-bio, cs records"):
@@ -292,7 +307,7 @@ def test_names_that_mean_nothing(prepared, name):
 
 # ---- own records ---------------------------------------------------------------------------------------------------
 
-def test_own_records_beside_a_snapshot(snapshot, tmp_path):
+def test_own_records_have_a_directory_of_their_own(prepared, snapshot, tmp_path, monkeypatch):
     notes = [{"id": i, "abstract": f"Note {i},\nwithdrawn or not.", "more": 1} for i in range(50)]
     own = write(tmp_path / "own.jsonl", map(json.dumps, notes))
     alone = d.prepare(own, tmp_path / "own", own=True)
@@ -301,16 +316,120 @@ def test_own_records_beside_a_snapshot(snapshot, tmp_path):
     assert ids == [str(i) for i in d.split_rows(50)["train"]] and texts[0] == f"Note {ids[0]}, withdrawn or not."
     assert set(alone["unavailable"]) == set(d.SETS)
 
-    both = d.prepare(snapshot, tmp_path / "own")                                # what is there of the other kind stays
-    assert both["sets"]["own"] == alone["sets"]["own"] and "s10" in both["sets"] and set(both["sources"]) == {"own", "snapshot"}
-    s3 = d.load(tmp_path / "own", "s3", "test")
-    assert d.load(tmp_path / "own", "own", "train") == (ids, texts)
-    again = d.prepare(write(tmp_path / "own.jsonl", ['{"id":"x","abstract":"y"}'] * 10), tmp_path / "own", own=True)
-    assert again["sets"]["own"] == {"train": 7, "validation": 1, "test": 2} and again["categories"]["joint"] == both["categories"]["joint"]
-    assert d.load(tmp_path / "own", "s3", "test") == s3
-    assert len(list((tmp_path / "own").iterdir())) == 3
-    with pytest.raises(ValueError, match="with id and abstract: none of its"):
-        d.prepare(write(tmp_path / "bad.jsonl", ['{"id":"x","text":"y"}']), tmp_path / "own", own=True)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "own").iterdir()}
+    with pytest.raises(ValueError, match="own holds another kind of texts .own.: choose another --out"):
+        d.prepare(snapshot, tmp_path / "own")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "own").iterdir()} == before
+    with pytest.raises(ValueError, match="holds another kind of texts .snapshot.: choose another --out"):
+        d.prepare(own, prepared, own=True)
+    assert d.load(prepared, "s3", "test")
+    again = d.prepare(write(tmp_path / "own.jsonl", [f'{{"id":"{i}","abstract":"y"}}' for i in range(10)]), tmp_path / "own", own=True)
+    assert again["sets"]["own"] == {"train": 7, "validation": 1, "test": 2} and len(list((tmp_path / "own").iterdir())) == 3
+    monkeypatch.chdir(tmp_path)
+    d.prepare(own, own=True)
+    d.prepare(snapshot)
+    assert sorted(p.parent.name for p in (tmp_path / "data").glob("*/manifest.json")) == ["arxiv", "own"]
+
+
+# ---- one reader of JSONL -------------------------------------------------------------------------------------------
+
+BODY = [{"id": f"p{i}", "abstract": f"Schr\u00f6dinger, \U0001d54a\n and {i}."} for i in range(8)]
+RAW = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in BODY)
+BOM = b"\xef\xbb\xbf"
+
+
+def both_readers(path, tmp_path):
+    """(ids, texts) of read_texts; prepare --own must have the same, or the same error."""
+    try:
+        ids, texts = d.read_texts(path)
+    except ValueError as error:
+        with pytest.raises(ValueError) as again:
+            d.prepare(path, tmp_path / "prepared", own=True)
+        assert str(again.value) == str(error) and "\n" not in str(error)
+        raise
+    d.prepare(path, tmp_path / "prepared", own=True)
+    splits = [d.load(tmp_path / "prepared", "own", split) for split in d.SPLITS]
+    assert dict(zip(ids, texts)) == {i: t for found in splits for i, t in zip(*found)}
+    return ids, texts
+
+
+@pytest.mark.parametrize("data", [
+    RAW.encode(), BOM + RAW.encode(), RAW.replace("\n", "\r\n").encode(), RAW.replace("\n", "\n\n \t\n").encode(), RAW.strip().encode(),
+    gzip.compress(RAW.encode()), gzip.compress(BOM + RAW.encode()), gzip.compress(RAW[:200].encode()) + gzip.compress(RAW[200:].encode()),
+    BOM + RAW[:RAW.index("\n") + 1].encode() + BOM + RAW[RAW.index("\n") + 1:].encode(), "".join(json.dumps(r) + "\n" for r in BODY).encode(),
+], ids=["plain", "bom", "crlf", "blank", "no-end", "gz", "gz-bom", "gz-members", "two-boms", "ascii"])
+def test_forms_of_jsonl_that_are_the_same(data, tmp_path):
+    (tmp_path / "texts").write_bytes(data)                                      # no suffix: .gz is known by its first bytes
+    assert both_readers(tmp_path / "texts", tmp_path) == (
+        [f"p{i}" for i in range(8)], [f"Schr\u00f6dinger, \U0001d54a and {i}." for i in range(8)])
+
+
+def test_a_file_of_one_record_with_a_mark(tmp_path):
+    (tmp_path / "one.jsonl").write_bytes(BOM + b'{"id":"x","abstract":"y"}')
+    assert both_readers(tmp_path / "one.jsonl", tmp_path) == (["x"], ["y"])
+    assert list(d.read_jsonl(tmp_path / "one.jsonl")) == [(1, {"id": "x", "abstract": "y"})]
+
+
+GOOD = b'{"id":"x","abstract":"y"}\n'
+
+
+@pytest.mark.parametrize("data, words", [
+    (RAW.encode("utf-16"), "line 1: UTF-16 or UTF-32"), (RAW.encode("utf-32"), "line 1: UTF-16 or UTF-32"),
+    (b"\xfe\xff" + RAW.encode("utf-16-be"), "line 1: UTF-16 or UTF-32"), (b"\0\0\xfe\xff" + RAW.encode("utf-32-be"), "line 1: UTF-16 or UTF-32"),
+    (RAW.encode("utf-16-le"), "line 1: it holds NUL bytes"), (RAW.encode("utf-32-be"), "line 1: it holds NUL bytes"),
+    (GOOD + b"\n" + '{"id":"z","abstract":"Schr\u00f6dinger"}\n'.encode("latin-1"), "line 3: 'utf-8' codec can't decode byte 0xf6"),
+    (GOOD + b"\0" * 4096, "line 2: it holds NUL bytes"), (GOOD + b'{"id":"z\0","abstract":"y"}\n', "line 2: it holds NUL bytes"),
+    (GOOD + b'{"id":"z","abstract":"\xed\xa0\xb5 half"}\n', "line 2: 'utf-8' codec can't decode"),
+    (GOOD + b'{"id":"z","abstract":"\\ud835 half"}\n', "line 2: 'utf-8' codec can't encode"),
+    (GOOD + b'{"id":"\\uDC00","abstract":"half"}\n', "line 2: 'utf-8' codec can't encode"),
+    (b"PK\x03\x04" + bytes(100), "is a zip archive: unzip it"), (gzip.compress(GOOD * 999)[:-9], "end-of-stream"),
+    (gzip.compress(GOOD * 999)[:60] + bytes(99), "get or make it again"), (gzip.compress(GOOD) + b"more", "Not a gzipped file"),
+    (GOOD + b"[1, 2]\n", "line 2: it is no JSON object"), (GOOD + b"7\n", "line 2: it is no JSON object"), (GOOD + b"null", "line 2: it is no JSON object"),
+    (GOOD + b"\n\n{", "line 4: it is no JSON"), (GOOD + GOOD.strip() + GOOD, "line 2: it is no JSON: Extra data at character 26"),
+    (b"[" * 100_000, "line 1: "), (b'{"id":' + b"9" * 9999 + b',"abstract":"y"}', "line 1: "),
+    (GOOD.replace(b"\n", b"\r") * 3, "line 1: it is no JSON: Extra data"),
+    (b'{"id":"x"}', "line 1: lacks 'abstract'"), (b'{"abstract":"x"}', "line 1: lacks 'id'"), (b'{"id":"x","text":"y"}', "line 1: lacks 'abstract'"),
+    (b'{"id":"x","abstract":null}', "line 1: its abstract is no text"), (b'{"id":"x","abstract":["y"]}', "line 1: its abstract is no text"),
+    (b'{"id":null,"abstract":"y"}', "line 1: its id is neither"), (b'{"id":["x"],"abstract":"y"}', "line 1: its id is neither"),
+    (b'{"id":true,"abstract":"y"}', "line 1: its id is neither"), (b'{"id":{},"abstract":"y"}', "line 1: its id is neither"),
+    (GOOD + b"\n" + GOOD, r"an id comes twice \(lines 1 and 3\)"), (b'{"id":7,"abstract":"y"}\n{"id":"7","abstract":"z"}', r"an id comes twice \(lines 1 and 2\)"),
+    (b'{"id":"a","abstract":"y"}\n' + GOOD + b'{"id":"b","abstract":"y"}\n' + GOOD + GOOD, r"an id comes twice \(lines 2 and 4\)"),
+])
+def test_texts_that_are_refused_by_name(data, words, tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(data)
+    with pytest.raises(ValueError, match=f"texts.jsonl.*{words}"):
+        both_readers(tmp_path / "texts.jsonl", tmp_path)
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+@pytest.mark.parametrize("text", ["a\n b", "a\r\n b", "a\r b", "a\u2028b", "a\u2029 b", "a\x85b", "a\x0b b", "a\x0cb", "\r\na\r\n\r\n  b\r\n", "a\x1cb", " a\n\r b "])
+def test_every_line_break_becomes_a_blank(text, tmp_path):
+    assert d.clean(text) == "a b"
+    write(tmp_path / "s.jsonl", [json.dumps({"id": "x", "abstract": text}), json.dumps({"id": "z", "abstract": text}, ensure_ascii=False)])
+    assert both_readers(tmp_path / "s.jsonl", tmp_path) == (["x", "z"], ["a b", "a b"])
+    d.prepare(write(tmp_path / "snapshot.jsonl", [line("x", abstract=text), line("y", abstract=text)]), tmp_path / "out")
+    assert set(sum((d.load(tmp_path / "out", "s1", split)[1] for split in d.SPLITS), [])) == {"a b"}
+
+
+def test_clean_is_the_authors_rule_on_their_line_breaks():
+    draw = np.random.default_rng(0)
+    for _ in range(2000):
+        text = "".join(draw.choice(list("ab \n\t"), 20))
+        assert d.clean(text) == re.sub(r"\n\s*", " ", text.strip())
+
+
+def test_a_snapshot_with_an_id_twice(tmp_path):
+    lines = [line("a"), line("b", "math.AG"), "broken", line("c", comments="withdrawn"), line("b"), line("c"), line("a ", "gr-qc")]
+    with pytest.raises(ValueError, match=r"s.jsonl: an id comes twice \(lines 1 and 7\)"):      # b and c: only one of them is kept
+        d.prepare(write(tmp_path / "s.jsonl", lines), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    assert d.prepare(write(tmp_path / "s.jsonl", lines[:-1]), tmp_path / "out")["categories"]["hep-th"]["kept"] == 3
+
+
+def test_a_snapshot_with_a_mark_keeps_its_first_record(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(BOM + "\r\n".join(line(f"p{i}") for i in range(9)).encode())
+    manifest = d.prepare(tmp_path / "s.jsonl", tmp_path / "out")
+    assert manifest["categories"]["hep-th"]["kept"] == 9 and manifest["source"]["broken_lines"]["count"] == 0
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -336,7 +455,7 @@ def test_files_that_are_no_snapshot(tmp_path, prepared):
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
-        refused(tmp_path / name, prepared, name, "does not hold one JSON record a line")
+        refused(tmp_path / name, prepared, name, "does not hold one JSON record a line with id, categories and abstract")
     with open(tmp_path / "zeros", "wb") as f:
         f.truncate(4 << 30)                                                     # 4 GB without a line break: refused after 16 MB
     assert refused(tmp_path / "zeros", prepared, "no line break within 16 MB") < 3
@@ -348,9 +467,9 @@ def test_files_that_are_no_snapshot(tmp_path, prepared):
     refused(tmp_path / "archive.zip", prepared, "is a zip archive: unzip it")
     packed = gzip.compress("\n".join(line(f"p{i}") for i in range(2000)).encode())
     (tmp_path / "half.gz").write_bytes(packed[:len(packed) // 2])
-    refused(tmp_path / "half.gz", prepared, "half.gz is cut off or damaged")
+    refused(tmp_path / "half.gz", prepared, "half.gz", "ended before the end-of-stream marker")
     (tmp_path / "damaged.gz").write_bytes(packed[:200] + bytes(50) + packed[250:])
-    refused(tmp_path / "damaged.gz", prepared, "damaged.gz is cut off or damaged")
+    refused(tmp_path / "damaged.gz", prepared, "damaged.gz", "get or make it again")
     refused(tmp_path / "missing.json", prepared, "missing.json")
     refused(tmp_path, prepared, str(tmp_path))
     write(tmp_path / "far.jsonl", [line(f"m{i}", "math.AG") for i in range(20)])
@@ -361,25 +480,53 @@ def test_files_that_are_no_snapshot(tmp_path, prepared):
 def test_unprepared_and_damaged_directories(tmp_path, snapshot):
     done = run("ids", tmp_path / "nowhere", "--subset", "s3", "--split", "test")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-    for words in ("no prepared abstracts in", "arxiv-metadata-oai-snapshot.json", "Cornell-University/arxiv", "about 4.5 GB",
-                  "python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out", "2 hours",
-                  "python data_arxiv.py harvest --categories hep-th hep-ph gr-qc --until 2024-08-22 --out snapshot.jsonl"):
+    for words in ("no prepared abstracts in", "arxiv-metadata-oai-snapshot.json", "4.5 GB", "version 193", "no account",
+                  "`curl -L -o arxiv.zip https://www.kaggle.com/api/v1/datasets/download/Cornell-University/arxiv`",
+                  "`python data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out"):
         assert words in done.stderr
+    assert done.stderr.count("\n") == 1
     d.prepare(snapshot, tmp_path / "out")
     abstracts = next((tmp_path / "out").glob("abstracts-*"))
-    whole = abstracts.read_bytes()
-    for damaged in (whole[:1000] + b"X" + whole[1001:], whole[:-1], b""):
-        abstracts.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged or incomplete .*: run prepare again"):
+    index = next((tmp_path / "out").glob("index-*"))
+    manifest = tmp_path / "out" / "manifest.json"
+    whole = {path: path.read_bytes() for path in (abstracts, index, manifest)}
+    first, rows = whole[abstracts].index(b"\n"), np.load(index)
+    swapped = rows.copy()
+    swapped[[5, 9]] = rows[[9, 5]]
+    relabelled = rows.copy()
+    relabelled["category"][:50] = 1
+
+    def as_npy(array):
+        import io
+        np.save(file := io.BytesIO(), array)
+        return file.getvalue()
+
+    record = json.loads(whole[manifest])
+    damaged = [(abstracts, whole[abstracts][:-1]), (abstracts, b""), (abstracts, whole[abstracts] + b"{}\n"),
+               (abstracts, whole[abstracts].replace(b"the", b"teh")), (abstracts, whole[abstracts][:first] + b" " + whole[abstracts][first:-1]),
+               (index, whole[index][:-1]), (index, b""), (index, b"PK" * 99), (index, as_npy(swapped)), (index, as_npy(relabelled)),
+               (index, as_npy(rows[:-1])), (index, as_npy(rows["size"])), (index, whole[index].replace(b"'shape': (", b"'shape': (9")),
+               *[(manifest, data) for data in (b"", b"{", b"[]", b"7", b'"text"', b"{}", b"\xff\xfe", b"[" * 100_000, whole[manifest][:-20])],
+               *[(manifest, json.dumps({**record, key: value}).encode()) for key in record for value in (None, 7, "x", [], {}) if record[key] != value],
+               *[(manifest, json.dumps({k: v for k, v in record.items() if k != key}).encode()) for key in record]]
+    for path, data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"(edited or is damaged|; run prepare again)") as error:
             d.load(tmp_path / "out", "s1", "train")
-    abstracts.unlink()
-    with pytest.raises(ValueError, match="is damaged or incomplete .*: run prepare again"):
-        d.load(tmp_path / "out", "s1", "train")
-    (tmp_path / "out" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is not valid JSON"):
-        d.available(tmp_path / "out")
-    d.prepare(snapshot, tmp_path / "out")                                       # and run again, it is whole again
+        assert path.name in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(whole[path])
     assert d.load(tmp_path / "out", "s1", "train")[0]
+    for path in (abstracts, index):
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{path.name}: is not there; run prepare again"):
+            d.load(tmp_path / "out", "s1", "train")
+        d.prepare(snapshot, tmp_path / "out")                                   # and run again, it is whole again
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match="manifest.json: .*run prepare again"):
+        d.available(tmp_path / "out")
+    (tmp_path / "out" / "abstracts-mine.jsonl").write_text("a user's own")
+    d.prepare(snapshot, tmp_path / "out")
+    assert d.load(tmp_path / "out", "s1", "train")[0] and len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path, monkeypatch):
@@ -401,10 +548,12 @@ def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path, monkeypatch)
     monkeypatch.undo()
     d.prepare(tmp_path / "small.jsonl", out)
     done = run("prepare", snapshot, "--out", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
-    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("error: "):]
+    assert "File too large" in error and str(out / "abstracts-new.jsonl") in error and error.count("\n") == 1
     assert d.load(out, "s1", "train") == before and len(list(out.iterdir())) == 3
     big = tmp_path / "big.jsonl"
-    big.write_bytes(snapshot.read_bytes() * 8)
+    d.synthesize(big, records=20_000)
     for delay in (0.15, 0.3, 0.45, 0.6):
         process = subprocess.Popen([sys.executable, ROOT / "data_arxiv.py", "prepare", big, "--out", out], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
@@ -416,12 +565,35 @@ def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path, monkeypatch)
     assert len(list(out.iterdir())) == 3                                        # what the killed ones left is gone
 
 
+def test_two_prepares_into_one_directory(snapshot, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    held = d.lock(out, "preparing")
+    refused(snapshot, out, f"{out} is in use: another process is preparing it", "choose another --out")
+    os.close(held)
+    assert run("prepare", snapshot, "--out", out).returncode == 0
+    processes = [subprocess.Popen([sys.executable, ROOT / "data_arxiv.py", "prepare", snapshot, "--out", tmp_path / "both"], text=True,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    for process, error in zip(processes, errors):
+        assert process.returncode == 0 or process.returncode == 2 and "is in use" in error and "Traceback" not in error
+    assert d.load(tmp_path / "both", "s1", "test") == d.load(out, "s1", "test") and len(list((tmp_path / "both").iterdir())) == 3
+
+
+def test_flags_out_of_range(tmp_path):
+    for flags in (["--records", "99"], ["--records", "nan"], ["--records", "1e3"], ["--records", "9999999"], ["--seed", "-1"], ["--seed", "x"]):
+        done = run("synthesize", tmp_path / "made.jsonl", *flags)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and f"argument {flags[0]}" in done.stderr
+    assert not (tmp_path / "made.jsonl").exists()
+    assert "(default: data/arxiv; with --own data/own)" in " ".join(run("prepare", "--help").stdout.split())
+
+
 def test_memory_is_bounded(tmp_path):
     """150 MB of records, most of them kept, in less than 60 MB above what the imports take."""
     with open(tmp_path / "s.jsonl", "w") as f:
-        text = "".join(line(f"p{i}", ["hep-th", "cs.LG", "math.AG"][i % 3], "word " * 200) + "\n" for i in range(1000))
-        for _ in range(110):
-            f.write(text)
+        text = "".join(line(f"pX{i}", ["hep-th", "cs.LG", "math.AG"][i % 3], "word " * 200) + "\n" for i in range(1000))
+        for k in range(110):
+            f.write(text.replace("pX", f"p{k}."))
     code = ("import sys, resource, data_arxiv as d; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
             "d.prepare(sys.argv[1], sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "s.jsonl", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True,
@@ -443,8 +615,8 @@ def test_ids_and_the_table(snapshot, prepared, tmp_path):
         assert re.search(rf"^{name} +" + " +".join(f"{n:,}" for n in count.values()) + "$", shown, re.M), name
     for name, count in manifest["sets"].items():
         assert re.search(rf"^{name} +" + " +".join(f"{n:,}" for n in count.values()) + "$", shown, re.M), name
-    assert "SYNTHETIC" in shown and manifest["sources"]["snapshot"]["synthetic"] is True
-    for command in ("prepare", "ids", "synthesize", "harvest"):
+    assert "SYNTHETIC" in shown and manifest["source"]["synthetic"] is True
+    for command in ("prepare", "ids", "synthesize"):
         assert run(command, "--help").returncode == 0
 
 
