@@ -1,41 +1,132 @@
 """The Llama / Qwen2 decoder by hand, with weights in and out as raw safetensors.
 
-- one decoder for Llama 2/3.x, SmolLM2 (arXiv:2407.21783) and Qwen2/2.5 (arXiv:2407.10671): RMSNorm, rotary positions, grouped-query
-  attention, SwiGLU; they differ by configuration only (bias on q, k, v; tied lm_head; llama3 scaling of the rotary frequencies)
-- attributes carry the names of the Hugging Face checkpoint, so a checkpoint loads and saves without renaming
-- weights stream: each tensor goes from the memory-mapped shard to its device, dtype or 4-bit form on its own, so that an 8B model
-  quantises to NF4 in less than 8 GB; checkpoints that bitsandbytes has already quantised load too
-- sequences of unequal length are laid end to end (`lengths`) rather than padded; key-value cache; sampling
+- one decoder for Llama 2/3.x, SmolLM2 (arXiv:2407.21783) and Qwen2/2.5 (arXiv:2407.10671): RMSNorm,
+  rotary positions, grouped-query attention, SwiGLU; they differ by configuration only (bias on
+  q, k, v; tied lm_head; llama3 scaling of the rotary frequencies)
+- attributes carry the names of the Hugging Face checkpoint, so a checkpoint loads and saves
+  without renaming
+- weights stream, in and out: each tensor goes from the memory-mapped shard to its device, dtype or
+  4-bit form on its own, so that an 8B model quantises to NF4 in less than 8 GB; checkpoints that
+  bitsandbytes has already quantised load too
+- what a config.json asks for is computed or refused by name
+- sequences of unequal length are laid end to end (`lengths`) rather than padded; key-value cache;
+  sampling
 
-    model = load_pretrained("meta-llama/Llama-3.1-8B", quantize="nf4", device="cuda")     # or a directory
+    model = load_pretrained("meta-llama/Llama-3.1-8B", quantize="nf4", device="cuda")  # or a path
     tokenizer = load_tokenizer("meta-llama/Llama-3.1-8B")
-    logits = model(ids)                                       # (B, T) -> (B, T, vocab)
-    nll = token_nll(model, ids, lengths)                      # -log p of every token but the first of each sequence
+    logits = model(ids)                      # (B, T) -> (B, T, vocab)
+    nll = token_nll(model, ids, lengths)     # -log p of every token but each sequence's first
     tokens = generate(model, [tokenizer.encode("We study").ids], max_new_tokens=100)
 
-Shapes: B sequences of T tokens, hidden size C, H query heads and G key-value heads of size D, S keys.
+Shapes: B sequences of T tokens, hidden size C, H query heads and G key-value heads of size D,
+S keys.
 """
+import contextlib
+import functools
 import json
 import math
 import os
+import shutil
+import sys
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from quant import NF4Linear, from_bitsandbytes, quantize_nf4
+from quant import NF4Linear, dequantize_nf4, from_bitsandbytes, quantize_nf4
 
-# ---------------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------------
+# Files: the one way to read and to write, for all that is a model.
+# data_arxiv.py has `reading` and `writing` once more, for all that is data.
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+@contextlib.contextmanager
+def reading(path, advice="get or make it again"):
+    """Whatever goes wrong inside, as `path` is read, becomes a ValueError: file, reason, advice."""
+    try:
+        yield Path(path)
+    except MemoryError:
+        raise
+    except Exception as e:
+        if isinstance(e, ValueError) and str(e).startswith(str(path)):        # has been said
+            raise
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        if isinstance(e, FileNotFoundError):
+            reason = "is not there"
+        elif isinstance(e, KeyError):
+            reason = f"lacks {e}"
+        raise ValueError(f"{path}: {reason}; {advice}") from e
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A temporary path to write to, which takes the place of `path` once it is whole and on disk.
+
+    A reader, or a kill, meets the old file or the new one. What is no regular file, such as
+    /dev/null, is written to directly. Raises OSError, with the file's name, for a full disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)                   # safetensors writes 0600
+        os.replace(temporary, path)
+    except Exception as e:
+        if not isinstance(e, (OSError, RuntimeError)) and type(e).__name__ != "SafetensorError":
+            raise
+        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+        raise OSError(f"{path} could not be written ({reason}); what was there is as it was, so "
+                      "free some space or choose another place, and run this again") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path):
+    """A temporary directory to fill, which becomes `path` once it is whole, or leaves no trace.
+
+    Raises ValueError if `path` exists."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already; remove it or choose another name")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@functools.cache
+def note(message):
+    """Print it to stderr, once in a process."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
 
 
 @dataclass
 class Config:
-    """Fields as in the checkpoint's config.json. vocab_size 0: a decoder without embeddings, fed with `embeds`."""
+    """Fields as in the checkpoint's config.json.
+
+    vocab_size 0: a decoder without embeddings, fed with `embeds`."""
     model_type: str = "llama"              # llama or qwen2
     vocab_size: int = 0
     hidden_size: int = 4096
@@ -46,7 +137,7 @@ class Config:
     head_dim: int = 128
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None       # None, or the llama3 rule: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = None       # None, or the llama3 rule with the keys of LLAMA3_ROPE
     max_position_embeddings: int = 131072
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -58,61 +149,141 @@ class Config:
         return self.model_type == "qwen2"
 
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-SHAPES = {  # the published shapes, for --dry-run and random weights: no download needed
-    "llama-3.1-8b": Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 500000.0, LLAMA3_ROPE, 131072, False, 128000, 128001),
-    "qwen2.5-0.5b": Config("qwen2", 151936, 896, 4864, 24, 14, 2, 64, 1e-6, 1000000.0, None, 32768, True, 151643, 151645),
-    "smollm2-135m": Config("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e-5, 100000.0, None, 8192, True, 1, 2),
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
+SHAPES = {  # the published shapes, for --dry-run and random weights: no download needed
+    "llama-3.1-8b": Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 500000.0,
+                           LLAMA3_ROPE, 131072, False, 128000, 128001),
+    "qwen2.5-0.5b": Config("qwen2", 151936, 896, 4864, 24, 14, 2, 64, 1e-6, 1000000.0,
+                           None, 32768, True, 151643, 151645),
+    "smollm2-135m": Config("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e-5, 100000.0,
+                           None, 8192, True, 1, 2),
+}
+
+# Fields of a config.json besides those of Config. Set, the first change what is computed, in ways
+# that are not written here; the second do so if they are not 1; the third change nothing.
+REFUSED = {
+    "num_experts": "mixture of experts",
+    "num_local_experts": "mixture of experts",
+    "n_routed_experts": "mixture of experts",
+    "use_sliding_window": "sliding-window attention",
+    "attention_bias": "biases on all of attention",
+    "mlp_bias": "biases in the MLP",
+    "attn_logit_softcapping": "capped attention scores",
+    "final_logit_softcapping": "capped logits",
+    "qk_norm": "normalised queries and keys",
+    "use_qk_norm": "normalised queries and keys",
+    "clip_qkv": "clipped queries, keys and values",
+    "alibi": "positions by bias",
+    "no_rope_layers": "layers without positions",
+    "rope_interleaved": "interleaved rotary positions",
+    "pruned_heads": "pruned heads",
+    "original_max_position_embeddings": "a context length outside rope_parameters",
+    "transformers_weights": "weights in a file of another name",
+}
+FACTORS = ("partial_rotary_factor", "attention_multiplier", "embedding_multiplier", "logit_scale",
+           "logits_scaling", "residual_multiplier", "scale_emb", "scale_depth")
+HARMLESS = (
+    "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "hidden_act",
+    "id2label", "initializer_range", "is_causal", "is_llama_config", "label2id", "layer_types",
+    "max_window_layers", "pad_token_id", "pretraining_tp", "quantization_config", "return_dict",
+    "rope_parameters", "sliding_window", "tokenizer_class", "torch_dtype",
+    "transformers_version", "transformers.js_config", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache")
 
 
 def read_config(raw, where="config.json"):
     """The dictionary of a config.json, of old or of transformers-5 style -> Config.
 
-    Raises ValueError, naming the field, for anything that this decoder does not compute."""
-    def refuse(what):
-        raise ValueError(f"{where}: {what}; model.py computes Llama and Qwen2 decoders only")
+    Raises ValueError, naming the field, for a value that is none and for anything that this
+    decoder does not compute; a note names fields that it does not know."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: not the config.json of a language model: no JSON object")
     kind = raw.get("model_type")
+    refused = [f"{key} {raw[key]!r} ({what})" for key, what in REFUSED.items() if raw.get(key)]
+    refused += [f"{key} {raw[key]!r}" for key in FACTORS if raw.get(key) not in (None, 1)]
     if kind not in ("llama", "qwen2"):
-        refuse(f"model_type {kind!r}")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-        refuse("sliding-window attention (use_sliding_window / layer_types)")
-    if any(key in raw for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        refuse("mixture of experts")
+        refused = [f"model_type {kind!r}"]
     if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r}")
-    for key in ("attention_bias", "mlp_bias"):
-        if kind == "llama" and raw.get(key):
-            refuse(f"{key} true")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        refused.append(f"hidden_act {raw['hidden_act']!r}")
+    if kind == "llama" and raw.get("sliding_window"):            # Qwen2 has a switch for it
+        refused.append(f"sliding_window {raw['sliding_window']!r}")
+    if any(layer != "full_attention" for layer in raw.get("layer_types") or []):
+        refused.append("sliding-window or other attention in layer_types")
+    if raw.get("is_causal", True) is not True:
+        refused.append("attention that is not causal (is_causal)")
+    quantization = raw.get("quantization_config") or {}
+    method = [quantization.get(key) for key in ("quant_method", "bnb_4bit_quant_type")]
+    if quantization and (method != ["bitsandbytes", "nf4"] or quantization.get("load_in_8bit")):
+        refused.append(f"weights quantised with {method[0]} ({method[1] or 'not NF4'})")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # transformers' order
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
-        refuse(f"rope type {rope_type!r}")
-    quantization = raw.get("quantization_config")
-    if quantization and not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4"):
-        refuse(f"weights quantised with {quantization.get('quant_method')} ({quantization.get('bnb_4bit_quant_type', 'not NF4')})")
-    try:
-        heads = raw["num_attention_heads"]
-        config = Config(
-            kind, raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
-            raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("rms_norm_eps", 1e-6),
-            float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            {key: rope[key] for key in LLAMA3_ROPE if key != "rope_type"} | {"rope_type": "llama3"} if rope_type == "llama3" else None,
-            raw.get("max_position_embeddings", 2048), raw.get("tie_word_embeddings", False), raw.get("bos_token_id"), raw.get("eos_token_id"))
-    except KeyError as e:
-        raise ValueError(f"{where}: the field {e} is missing; is this the config.json of a language model?") from None
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
+        refused.append(f"rope type {rope_type!r}")
+    unknown = rope.keys() - LLAMA3_ROPE.keys() - {"type", "rope_theta"}
+    refused += [f"{key} {rope[key]!r}" for key in unknown if rope[key] not in (None, 1)]
+    if refused:
+        raise ValueError(f"{where}: {', '.join(refused)}; model.py computes Llama and Qwen2 "
+                         "decoders only")
+    config = checked_config(raw, rope, rope_type == "llama3", where)
+    known = {*Config.__dataclass_fields__, *REFUSED, *FACTORS, *HARMLESS}
+    unknown = sorted(key for key in raw if raw[key] and key not in known)
+    if unknown:
+        note(f"{where}: not known here and left out of the computation: {', '.join(unknown)}")
     return config
 
 
+def checked_config(raw, rope, llama3, where):
+    """The numbers of a config.json -> Config; ValueError for one of a wrong kind or size."""
+    def number(key, default=None, fields=raw, kind=int, low=1, high=10 ** 6):
+        value = default if fields.get(key) is None else fields[key]
+        if type(value) not in (int, kind) or not low <= value <= high:
+            said = "is missing" if value is None else f"is {value!r}"
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{where}: {key} {said}; it must be {what} from {low} to {high:,}")
+        return value
+
+    vocab, heads = number("vocab_size"), number("num_attention_heads")
+    hidden = number("hidden_size")
+    groups = number("num_key_value_heads", heads)
+    size = number("head_dim", hidden // heads)
+    if heads % groups or size % 2 or (hidden % heads and not raw.get("head_dim")):
+        raise ValueError(f"{where}: {heads} query heads (num_attention_heads) are no multiple of "
+                         f"{groups} key-value heads, or do not divide {hidden}, or are of odd size")
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{where}: tie_word_embeddings is {tied!r}; it must be true or false")
+    ends = raw.get("eos_token_id")
+    for token in [raw.get("bos_token_id"), *(ends if isinstance(ends, list) else [ends])]:
+        number("token id", 0, {"token id": token}, low=0, high=vocab - 1)
+    theta = number("rope_theta", 1e4, {**raw, **rope}, float, high=1e15)
+    scaling = None
+    if llama3:
+        scaling = {key: number(key, None, rope, float, 1e-6, 1e9) for key in LLAMA3_ROPE
+                   if key != "rope_type"} | {"rope_type": "llama3"}
+        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise ValueError(f"{where}: low_freq_factor must be below high_freq_factor")
+    return Config(
+        raw["model_type"], vocab, hidden, number("intermediate_size"),
+        number("num_hidden_layers", high=1000), heads, groups, size,
+        number("rms_norm_eps", 1e-6, kind=float, low=1e-15, high=1), float(theta), scaling,
+        number("max_position_embeddings", 2048, high=10 ** 9), tied, raw.get("bos_token_id"), ends)
+
+
 def config_json(config):
-    """Config -> the dictionary of a config.json that transformers, vLLM and llama.cpp's converter read."""
-    raw = {k: v for k, v in vars(config).items() if v is not None}
-    return raw | {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]], "hidden_act": "silu"}
+    """Config -> the dictionary of a config.json for transformers, vLLM, llama.cpp's converter."""
+    raw = {key: value for key, value in vars(config).items() if value is not None}
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]
+    return raw | {"architectures": [name], "hidden_act": "silu"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- network
+# ---------------------------------------------------------------------------------------------
+# Network
 
 
 class RMSNorm(nn.Module):
@@ -120,25 +291,32 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square()
-        return (self.weight * (x * torch.rsqrt(square / x.shape[-1] + self.eps)).to(x.dtype)).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
+        normed = (x * torch.rsqrt(square / x.shape[-1] + self.eps)).to(x.dtype)
+        return (self.weight * normed).to(x.dtype)
 
 
 def rope_frequencies(config, device=None):
-    """Angular frequency of each pair of head dimensions: (D/2,) float32, radians per token (arXiv:2104.09864).
+    """Angular frequency of each pair of head dimensions (arXiv:2104.09864).
 
-    The llama3 rule stretches the context (arXiv:2407.21783, section 3.4.1): wavelengths longer than original/low are slowed by
-    `factor`, those shorter than original/high are kept, and in between the two are blended."""
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    (D/2,) float32, radians per token. The llama3 rule stretches the context (arXiv:2407.21783,
+    section 3.4.1): wavelengths longer than original/low are slowed by `factor`, those shorter
+    than original/high are kept, and in between the two are blended."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    freq = 1.0 / config.rope_theta ** exponent
     if config.rope_scaling:
-        r = config.rope_scaling
+        rule = config.rope_scaling
+        low = rule["low_freq_factor"]
+        high = rule["high_freq_factor"]
         wavelength = 2 * math.pi / freq
-        blend = (r["original_max_position_embeddings"] / wavelength - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
-        blend = blend.clamp(0, 1)
-        freq = (1 - blend) * freq / r["factor"] + blend * freq
+        turns = rule["original_max_position_embeddings"] / wavelength
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = (1 - blend) * freq / rule["factor"] + blend * freq
     return freq
 
 
@@ -149,57 +327,68 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
-    """softmax(q k^T / sqrt D) v: q (B, H, T, D), k and v (B, G, S, D), mask (B, 1, T, S) True where a query may look -> (B, H, T, D).
+    """softmax(q k^T / sqrt D) v -> (B, H, T, D).
 
-    On a CPU short sequences are multiplied out: the fused kernel, there to save memory, takes 2.5 times as long forward and backward."""
-    (B, H, T, D), (_, G, S, _) = q.shape, k.shape
+    q (B, H, T, D), k and v (B, G, S, D), mask (B, 1, T, S) True where a query may look. On a CPU
+    short sequences are multiplied out: the fused kernel, there to save memory, takes 2.5 times as
+    long forward and backward."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
     if q.device.type != "cpu" or T * S > 512 * 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=G < H)
-    R = H // G                                                        # query heads that share a key head: one product for all of them
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                              dropout_p=dropout, enable_gqa=G < H)
+    R = H // G                              # query heads that share a key head: one product for all
     q = (q * D ** -0.5).reshape(B * G, R * T, D)
-    k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, D)
+    k = k.reshape(B * G, S, D)
+    v = v.reshape(B * G, S, D)
     if causal:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
     if mask is None:
-        scores = torch.bmm(q, k.mT)                                   # (B*G, R*T, S)
-    elif T == 1:                                                      # generation: K q^T, because bmm would copy a cache to transpose it
-        scores = torch.bmm(k, q.mT).mT.reshape(B, G, R, S).masked_fill_(~mask, -torch.inf).view(B * G, R, S)
+        scores = torch.bmm(q, k.mT)                           # (B*G, R*T, S)
+    elif T == 1:             # generation: K q^T, because bmm would copy a cache to transpose it
+        scores = torch.bmm(k, q.mT).mT.reshape(B, G, R, S)
+        scores = scores.masked_fill_(~mask, -torch.inf).view(B * G, R, S)
     else:
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)          # (B or 1, 1, T, S)
-        bias = bias.repeat(1, 1, R, 1) if len(mask) == 1 else bias.expand(B, G, T, S).repeat(1, 1, R, 1)
-        scores = torch.baddbmm(bias.flatten(0, 1), q, k.mT)
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        if len(mask) > 1:                                     # (B or 1, 1, T, S)
+            bias = bias.expand(B, G, T, S)
+        scores = torch.baddbmm(bias.repeat(1, 1, R, 1).flatten(0, 1), q, k.mT)
     return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
     def __init__(self, config, linear):
         super().__init__()
-        c, self.config = config, config
-        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.config = config
+        C = config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(C, queries, bias=config.qkv_bias)
+        self.k_proj = linear(C, keys, bias=config.qkv_bias)
+        self.v_proj = linear(C, keys, bias=config.qkv_bias)
+        self.o_proj = linear(queries, C, bias=False)
 
     def forward(self, x, rope, lengths, cache, layer, causal, last_only=False):
         B, T, _ = x.shape
         D = self.config.head_dim
-        n = 1 if last_only else T                                     # positions that ask; all answer
-        q = self.q_proj(x[:, -n:]).view(B, n, -1, D).transpose(1, 2)  # (B, n, H*D) -> (B, H, n, D)
-        k = self.k_proj(x).view(B, T, -1, D).transpose(1, 2)          # (B, T, G*D) -> (B, G, T, D)
+        n = 1 if last_only else T                             # positions that ask; all answer
+        q = self.q_proj(x[:, -n:]).view(B, n, -1, D).transpose(1, 2)     # -> (B, H, n, D)
+        k = self.k_proj(x).view(B, T, -1, D).transpose(1, 2)             # -> (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)
-        q, k = rotate(q, *(f[:, :, -n:] for f in rope)), rotate(k, *rope)
+        q = rotate(q, *(f[:, :, -n:] for f in rope))
+        k = rotate(k, *rope)
         drop = self.config.attention_dropout if self.training else 0.0
-        if lengths is None and cache is None:                         # the last position sees all that is there, causal or not
+        if lengths is None and cache is None:    # the last position sees all, causal or not
             y = attend(q, k, v, causal=causal and not last_only, dropout=drop)
         elif lengths is None:
-            k, v, mask = cache.update(layer, k, v)                    # (B, G, S, D), (B, 1, T, S)
+            k, v, mask = cache.update(layer, k, v)            # (B, G, S, D), (B, 1, T, S)
             y = attend(q, k, v, mask[:, :, -n:], dropout=drop)
-        else:                                                         # each sequence attends to itself alone: no mask, no padding
+        else:                       # each sequence attends to itself alone: no mask, no padding
             if cache is not None:
                 cache.fill(layer, k, v, lengths)
-            parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2))
+            parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
             y = torch.cat([attend(*qkv, causal=causal, dropout=drop) for qkv in parts], dim=2)
-        return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))       # (B, H, n, D) -> (B, n, H*D) -> (B, n, C)
+        return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))          # -> (B, n, C)
 
 
 class MLP(nn.Module):
@@ -224,15 +413,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rope, lengths, cache, layer, causal, last_only=False):
-        x = x[:, -1 if last_only else None:] + self.self_attn(self.input_layernorm(x), rope, lengths, cache, layer, causal, last_only)
+        y = self.self_attn(self.input_layernorm(x), rope, lengths, cache, layer, causal, last_only)
+        x = y + (x[:, -1:] if last_only else x)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """The transformer without its language-model head. `linear` builds the seven projections (nn.Linear or NF4Linear).
+    """The transformer without its language-model head.
 
-    Set `checkpoint_activations` to keep only each block's input for the backward pass and compute the block again there (arXiv:1604.06174):
-    the same result, dropout included, in a fraction of the memory and 4/3 of the time."""
+    `linear` builds the seven projections (nn.Linear or NF4Linear). Set `checkpoint_activations`
+    to keep only each block's input for the backward pass and compute the block again there
+    (arXiv:1604.06174): the same result, dropout included, in a fraction of the memory and 4/3 of
+    the time."""
     checkpoint_activations = False
 
     def __init__(self, config, linear=nn.Linear):
@@ -243,33 +435,47 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids=None, *, embeds=None, positions=None, lengths=None, cache=None, causal=True, last_only=False):
+    def forward(self, ids=None, *, embeds=None, lengths=None, cache=None, causal=True,
+                last_only=False):
         """-> hidden states after the final norm, (B, T, C).
 
-        ids (B, T) int64, or embeds (B, T, C) in their place. positions (T,) or (B, T), default 0..T-1 (after what the cache holds).
-        lengths: with B = 1, T is a row of sequences of these lengths (summing to T) laid end to end; none sees another, and the
-        default positions restart at each. Padding on the right of a batch needs no mask: under causal attention nothing sees it.
-        cache: a KVCache, which grows by T; attention is then causal. With `lengths` it must be empty, and sequence i fills its row i.
+        ids (B, T) int64, or embeds (B, T, C) in their place. Padding on the right of a batch needs
+        no mask: under causal attention nothing sees it.
+        lengths: with B = 1, T is a row of sequences of these lengths (summing to T) laid end to
+        end; none sees another, and positions restart at each.
+        cache: a KVCache, which grows by T; positions go on after what it holds, and attention is
+        causal. With `lengths` it must be empty, and sequence i fills its row i.
         causal=False: every token sees its whole sequence.
-        last_only: (B, 1, C), of the last position alone; the last block then computes nothing but keys and values for the others.
-        Raises ValueError if lengths do not sum to T or are combined with a cache that is not empty, with B > 1 or with last_only."""
+        last_only: (B, 1, C), of the last position alone; the last block then computes nothing but
+        keys and values for the others.
+        Raises ValueError if lengths do not sum to T or are combined with a cache that is not
+        empty, with B > 1 or with last_only."""
         x = self.embed_tokens(ids) if embeds is None else embeds
         B, T, _ = x.shape
-        if lengths is not None:
+        if lengths is None:
+            positions = torch.arange(T, device=x.device)
+            if cache is not None:
+                positions = positions + cache.lengths[:, None]
+        else:
             lengths = [int(n) for n in lengths]
-            if B != 1 or sum(lengths) != T or cache is not None and cache.used or last_only:
-                raise ValueError(f"lengths need one row, without last_only or a cache that is in use, and must sum to its {T} tokens; got {B} rows and the sum {sum(lengths)}")
-        if positions is None:
-            if lengths is not None:
-                positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
-            else:
-                positions = torch.arange(T, device=x.device) + (0 if cache is None else cache.lengths[:, None])
-        angle = positions.reshape(-1, 1, T, 1) * rope_frequencies(self.config, x.device)      # (B or 1, 1, T, D/2)
-        rope = [f(torch.cat((angle, angle), dim=-1)).to(x.dtype) for f in (torch.cos, torch.sin)]
+            in_use = cache is not None and cache.used > 0
+            if B != 1 or sum(lengths) != T or in_use or last_only:
+                raise ValueError("lengths need one row, without last_only or a cache that is in "
+                                 f"use, and must sum to its {T} tokens; got {B} rows and the sum "
+                                 f"{sum(lengths)}")
+            positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+        frequencies = rope_frequencies(self.config, x.device)
+        angle = positions.reshape(-1, 1, T, 1) * frequencies              # (B or 1, 1, T, D/2)
+        angle = torch.cat((angle, angle), dim=-1)
+        rope = [f(angle).to(x.dtype) for f in (torch.cos, torch.sin)]
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            context = rope, lengths, cache, i, causal, last_only and i == len(self.layers) - 1
-            x = checkpoint(layer, x, *context, use_reentrant=False) if recompute else layer(x, *context)
+            is_last = i == len(self.layers) - 1
+            context = rope, lengths, cache, i, causal, last_only and is_last
+            if recompute:
+                x = checkpoint(layer, x, *context, use_reentrant=False)
+            else:
+                x = layer(x, *context)
         if cache is not None:
             cache.grow(T if lengths is None else lengths)
         return self.norm(x)
@@ -290,7 +496,7 @@ class CausalLM(nn.Module):
 
 
 def init_weights(model):
-    """Fresh weights: matrices N(0, 0.02), biases 0, norms 1. Draws from torch's global generator."""
+    """Fresh weights: matrices N(0, 0.02), biases 0, norms 1, from torch's global generator."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -300,30 +506,36 @@ def init_weights(model):
             nn.init.ones_(module.weight)
 
 
-# ------------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------
+# Loss
 
 
 class ChunkedNLL(torch.autograd.Function):
     """-log softmax(x W^T)[target], row by row, without ever holding the logits of all rows.
 
-    d nll_i / d x_i = (softmax_i - onehot_i) W needs nothing from the loss above but one factor a row, so the forward
-    pass computes it from the same logits and keeps (N, C) instead of (N, vocab). Plain twin: F.cross_entropy(x W^T, targets)."""
+    d nll_i / d x_i = (softmax_i - onehot_i) W needs nothing from the loss above but one factor a
+    row, so the forward pass computes it from the same logits and keeps (N, C) instead of
+    (N, vocab). Plain twin: F.cross_entropy(x W^T, targets)."""
     ROWS = 256
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        nll, grad = torch.empty(len(x), device=x.device), torch.empty_like(x) if x.requires_grad else None
-        logits = x.new_empty(ChunkedNLL.ROWS, len(weight))                            # the same memory for each chunk: fresh pages cost more
-        logp = torch.empty_like(logits, dtype=torch.float32)                          # than the arithmetic on a CPU
+        nll = torch.empty(len(x), device=x.device)
+        grad = torch.empty_like(x) if x.requires_grad else None
+        # The same memory for each chunk: on a CPU fresh pages cost more than the arithmetic.
+        logits = x.new_empty(ChunkedNLL.ROWS, len(weight))
+        logp = torch.empty_like(logits, dtype=torch.float32)
         for i in range(0, len(x), ChunkedNLL.ROWS):
             rows = slice(i, i + ChunkedNLL.ROWS)
-            n, target = len(x[rows]), targets[rows, None]
-            torch.mm(x[rows], weight.T, out=logits[:n])                               # (n, C) -> (n, vocab)
+            target = targets[rows, None]
+            n = len(target)
+            torch.mm(x[rows], weight.T, out=logits[:n])                   # (n, C) -> (n, vocab)
             torch.log_softmax(logits[:n], -1, dtype=torch.float32, out=logp[:n])
             nll[rows] = -logp[:n].gather(1, target).squeeze(1)
             if grad is not None:
-                p = logp[:n].exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-                torch.mm(logits[:n].copy_(p), weight, out=grad[rows])                 # (n, vocab) -> (n, C)
+                onehot = torch.full_like(target, -1.0, dtype=torch.float32)
+                p = logp[:n].exp_().scatter_add_(1, target, onehot)
+                torch.mm(logits[:n].copy_(p), weight, out=grad[rows])     # (n, vocab) -> (n, C)
         ctx.save_for_backward(grad)
         return nll
 
@@ -334,44 +546,56 @@ class ChunkedNLL(torch.autograd.Function):
 
 
 def token_nll(model, ids, lengths):
-    """Negative log-likelihood, in nats, of every token but the first of each sequence, given those before it.
+    """Negative log-likelihood, in nats, of every token but the first of each sequence.
 
-    ids (T,) int64: sequences laid end to end; lengths: their lengths. -> (T - number of sequences,) float32, in order.
-    The gradient reaches the hidden states; where lm_head itself is trained the plain computation is used."""
+    ids (T,) int64: sequences laid end to end; lengths: their lengths.
+    -> (T - number of sequences,) float32, in order. The gradient reaches the hidden states; where
+    lm_head itself is trained the plain computation is used."""
     lengths = [int(n) for n in lengths]
-    hidden = model.model(ids[None], lengths=lengths)[0]                               # (T, C)
+    hidden = model.model(ids[None], lengths=lengths)[0]                   # (T, C)
     first = torch.zeros(len(ids) + 1, dtype=torch.bool, device=ids.device)
     first[torch.tensor([0] + lengths).cumsum(0)] = True
-    hidden, targets = hidden[~first[1:]], ids[~first[:-1]]                            # a sequence's last token predicts nothing
+    hidden = hidden[~first[1:]]                   # a sequence's last token predicts nothing
+    targets = ids[~first[:-1]]
     if model.lm_head.weight.requires_grad:
         return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
     return ChunkedNLL.apply(hidden, model.lm_head.weight, targets)
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------------
+# Generation
 
 
 class KVCache:
-    """Keys and values of what was seen so far: `size` slots for each of `batch` rows, filled from the left.
+    """Keys and values of what was seen so far, filled from the left.
 
-    Rows may have unequal `lengths` (batch,), and at most `used`, a number known without asking the device; what lies behind a row's end is masked."""
+    `size` slots for each of `batch` rows. Rows may have unequal `lengths` (batch,), and at most
+    `used`, a number known without asking the device; what lies behind a row's end is masked."""
 
     def __init__(self, config, batch, size, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths, self.used = torch.zeros(batch, dtype=torch.int64, device=device), 0
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.used = 0
 
     def fill(self, layer, k, v, lengths):
-        """Store k, v (1, G, T, D) of sequences laid end to end, each in its own row of the empty cache."""
-        for row, (a, b) in enumerate(zip(k[0].split(lengths, dim=1), v[0].split(lengths, dim=1), strict=True)):
-            self.k[layer, row, :, :a.shape[1]], self.v[layer, row, :, :a.shape[1]] = a, b
+        """Store k, v (1, G, T, D) of sequences laid end to end, each in its own row of the empty
+        cache."""
+        for cache, new in ((self.k, k), (self.v, v)):
+            for row, part in zip(cache[layer], new[0].split(lengths, dim=1), strict=True):
+                row[:, :part.shape[1]] = part
 
     def update(self, layer, k, v):
-        """Store k, v (B, G, T, D) behind what is there -> all keys, all values (B, G, S, D), mask (B, 1, T, S) of what each may see."""
+        """Store k, v (B, G, T, D) behind what is there.
+
+        -> all keys, all values (B, G, S, D), mask (B, 1, T, S) of what each may see."""
         T = k.shape[2]
         S = self.used + T
-        if S > self.k.shape[3]:
-            raise ValueError(f"the key-value cache has {self.k.shape[3]} slots and would need {S}; make it larger")
+        size = self.k.shape[3]
+        if size < S:
+            raise ValueError(f"the key-value cache has {size} slots and would need {S}; make it "
+                             "larger")
         if layer == 0:                                        # the same for all layers
             self.slots = self.lengths[:, None] + torch.arange(T, device=k.device)     # (B, T)
             self.mask = torch.arange(S, device=k.device) <= self.slots[:, None, :, None]
@@ -386,41 +610,58 @@ class KVCache:
         self.used += T if isinstance(T, int) else max(T)
 
     def keep(self, rows):
-        """Shrink to these rows, in this order; only those that change their place are copied."""
+        """Shrink to these rows, in ascending or any other order."""
         moved = [i for i, row in enumerate(rows) if row != i]
         for cache in (self.k, self.v):
             cache[:, moved] = cache[:, [rows[i] for i in moved]]
-        self.k, self.v, self.lengths = self.k[:, :len(rows)], self.v[:, :len(rows)], self.lengths[rows]
+        self.k = self.k[:, :len(rows)]
+        self.v = self.v[:, :len(rows)]
+        self.lengths = self.lengths[rows]
+
+
+def sample_token(logits, uniform, temperature, top_k):
+    """logits (B, vocab), uniform (B, 1) in [0, 1) -> the next token of each row, (B,).
+
+    temperature 0: the most likely; else the top_k most likely with softmax(logits / temperature):
+    the pick is where their cumulative probability passes the uniform draw."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    top, index = logits.topk(min(top_k, logits.shape[-1]))
+    cumulative = F.softmax(top / temperature, dim=-1).cumsum(-1)          # (B, top_k)
+    pick = (cumulative < uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return index.gather(1, pick).squeeze(1)
 
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=None, seed=42):
-    """Continue `prompts`, a list of lists of token ids -> a list of lists with the new ids only, `eos` left off.
+    """Continue `prompts`, lists of token ids -> a list of lists with the new ids only, `eos` left
+    off.
 
-    temperature 0 takes the most likely token; otherwise the top_k most likely are sampled with softmax(logits / temperature).
-    eos: an id or a list of ids that end a sequence. seed: an int, from which each row derives its own, or one for each prompt. A row draws
-    from its own seed, on the CPU: neither the other rows nor the device change its draws (rounding of the logits may)."""
-    device, B = model.lm_head.weight.device, len(prompts)
+    eos: an id or a list of ids that end a sequence. seed: an int, from which each row derives its
+    own, or one for each prompt. A row draws from its own seed, on the CPU: neither the other rows
+    nor the device change its draws (rounding of the logits may)."""
     if not all(prompts):
-        raise ValueError("a prompt without any token cannot be continued; start it with the BOS token at least")
+        raise ValueError("a prompt without any token cannot be continued; start it with the BOS "
+                         "token at least")
+    device = model.lm_head.weight.device
     ends = {eos} if isinstance(eos, int) else set(eos or [])
-    lengths = [len(p) for p in prompts]
-    cache = KVCache(model.config, B, max(lengths) + max_new_tokens, model.lm_head.weight.dtype, device)
+    lengths = [len(prompt) for prompt in prompts]
+    cache = KVCache(model.config, len(prompts), max(lengths) + max_new_tokens,
+                    model.lm_head.weight.dtype, device)
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    hidden = model.model(ids[None], lengths=lengths, cache=cache)[0]                  # (T, C): prompts laid end to end
-    hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]               # (B, C), at each prompt's last token
-    seeds = [seed * 1_000_003 + row for row in range(B)] if isinstance(seed, int) else seed
-    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-    new, running = [[] for _ in prompts], list(range(B))      # running: the prompt that each row of the batch continues
+    hidden = model.model(ids[None], lengths=lengths, cache=cache)[0]      # (T, C): end to end
+    hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]   # (B, C): last tokens
+    seeds = seed
+    if isinstance(seed, int):
+        seeds = [seed * 1_000_003 + row for row in range(len(prompts))]
+    uniform = torch.stack([
+        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    uniform = uniform.to(device)                              # (B, max_new_tokens)
+    new = [[] for _ in prompts]
+    running = list(range(len(prompts)))              # the prompt that each row continues
     for step in range(max_new_tokens):
-        logits = model.lm_head(hidden).float()                                        # (B, vocab)
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            top, index = logits.topk(min(top_k, logits.shape[-1]))
-            cumulative = F.softmax(top / temperature, dim=-1).cumsum(-1)              # (B, top_k); the pick: where it passes the uniform draw
-            pick = (cumulative < uniform[:, step, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-            token = index.gather(1, pick).squeeze(1)                                  # (B,)
+        logits = model.lm_head(hidden).float()                            # (B, vocab)
+        token = sample_token(logits, uniform[:, step, None], temperature, top_k)
         going = []
         for row, t in enumerate(token.tolist()):
             if t not in ends:
@@ -428,82 +669,88 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
                 going.append(row)
         if not going or step == max_new_tokens - 1:
             break
-        if len(going) < len(running):                         # finished sequences leave the batch; rows from its end take their places
-            late = iter(row for row in going if row >= len(going))
-            going = [row if row in going else next(late) for row in range(len(going))]
+        if len(going) < len(running):                # finished sequences leave the batch
             cache.keep(going)
-            running, uniform, token = [running[row] for row in going], uniform[going], token[going]
+            running = [running[row] for row in going]
+            uniform = uniform[going]
+            token = token[going]
         hidden = model.model(token[:, None], cache=cache)[:, 0]
     return new
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints: in, out, hub
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: hub, in, out
 
-
-MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "*.safetensors", "*.safetensors.index.json"]
+AGAIN = "get the checkpoint again (only safetensors are read)"
 
 
 def fetch(source, wanted=MODEL_FILES):
-    """A directory, or a hub id such as "meta-llama/Llama-3.1-8B" -> a local directory (the wanted files, downloaded once per node, with progress).
+    """A directory, or a hub id such as "meta-llama/Llama-3.1-8B" -> a local directory.
 
-    Raises ValueError, one sentence with what to do, for a missing network, token, licence or repository."""
+    The wanted files are downloaded once per node, with progress: its first process does so, then
+    the others find them there. Raises ValueError in the hub's own words, which say what to do."""
     if os.path.isdir(source):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME) nor one of the shapes {', '.join(SHAPES)}")
+        raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME) nor "
+                         f"one of the shapes {', '.join(SHAPES)}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    others_wait = distributed and int(os.environ.get("LOCAL_RANK", 0)) > 0
-    error = path = None
-    for my_turn in (not others_wait, others_wait):            # the node's first process downloads, then the others find it there
-        if my_turn:
-            try:
-                path = snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"])
-            except GatedRepoError:
-                error = f"{source} needs its licence accepted: do so at https://huggingface.co/{source}, then run `hf auth login` with a read token"
-            except RepositoryNotFoundError:
-                error = f"the hub does not know {source}, or it is private: check the spelling, or run `hf auth login` with a token that may read it"
-            except LocalEntryNotFoundError:
-                error = f"{source} is not on this machine and the hub cannot be reached: get a network, or give a directory that holds it"
-            except (HfHubHTTPError, OSError) as e:
-                error = f"the download of {source} failed ({str(e).splitlines()[0]}); run the same command again, it goes on where it stopped"
-        if distributed:
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if distributed and not first:
+        torch.distributed.barrier()
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as e:              # the hub's, the network's and the system's share no type
+        raise ValueError(f"{source} cannot be had from the hub: {' '.join(str(e).split())}") from e
+    finally:
+        if distributed and first:
             torch.distributed.barrier()
-    if error:
-        raise ValueError(error)
-    return Path(path)
 
 
 def load_config(source):
     """A name from SHAPES, a directory with a config.json, or a hub id -> Config."""
     if source in SHAPES:
         return SHAPES[source]
-    path = fetch(source) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: {source} is no model directory")
-    try:
-        return read_config(json.loads(path.read_text()), path)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON ({e}); get the checkpoint again") from None
+    with reading(fetch(source) / "config.json", f"{source} must be a model's directory") as path:
+        return read_config(json.loads(path.read_bytes()), path)
 
 
-def load_tokenizer(source):
-    """-> tokenizers.Tokenizer of a model directory or hub id."""
+def load_tokenizer(source, control_tokens=False):
+    """-> tokenizers.Tokenizer of a model directory or hub id, without truncation or padding.
+
+    Text that reads like a control token, such as <|im_end|>, is encoded as text, unless
+    `control_tokens`: for prompts that are written with them.
+    Raises ValueError for a tokenizer with more tokens than the model beside it has."""
     from tokenizers import Tokenizer
-    path = fetch(source) / "tokenizer.json"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: the model was saved without its tokenizer; copy tokenizer.json there")
-    return Tokenizer.from_file(str(path))
+    directory = fetch(source)
+    with reading(directory / "tokenizer.json", "get it again, or update `tokenizers`") as path:
+        path.stat()                                           # a missing file is said as such
+        tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()                                 # transformers writes its last call's
+    tokenizer.no_padding()                                    # into the file
+    tokenizer.encode_special_tokens = not control_tokens
+    if (directory / "config.json").exists():
+        most = max(tokenizer.get_vocab().values(), default=0)
+        size = load_config(source).vocab_size
+        if most >= size:
+            raise ValueError(f"{path}: token id {most} is beyond the model's vocab_size {size}: it "
+                             "is of another model; copy the model's own there")
+    return tokenizer
 
 
 def bos_eos(config, tokenizer):
-    """-> ids of the beginning-of-sequence and end-of-sequence tokens; a model without BOS uses its end-of-text token for it."""
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    """-> ids of the beginning-of-sequence and end-of-sequence tokens.
+
+    A model without BOS uses its end-of-text token for it."""
+    ends = config.eos_token_id
+    eos = ends[0] if isinstance(ends, list) and ends else ends
     bos = config.bos_token_id
     if bos is None:
         bos = tokenizer.token_to_id("<|endoftext|>")
-    if eos is None or (bos is None and eos is None):
+    if eos is None or eos == []:
         raise ValueError("config.json names no eos_token_id; add it")
     return eos if bos is None else bos, eos
 
@@ -511,142 +758,246 @@ def bos_eos(config, tokenizer):
 def tensor_files(directory):
     """-> {tensor name: open safetensors file} of a single-file or sharded checkpoint.
 
-    Raises ValueError for missing or damaged files and for index entries outside the directory."""
-    index, files = directory / "model.safetensors.index.json", {}
+    A single file goes before an index, as in transformers. Raises ValueError for missing or
+    damaged files, for index entries outside the directory and for a name in two shards."""
     names = ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ValueError(f"{index} cannot be read ({e!r}); get it again") from None
+    index = directory / "model.safetensors.index.json"
+    if index.exists() and not (directory / names[0]).exists():
+        with reading(index, AGAIN):
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            outside = [name for name in names if os.path.basename(name) != name]
+            if outside:
+                raise ValueError(f"{outside[0]!r} points outside the directory")
+    files = {}
     for name in names:
-        path = directory / name
-        if os.path.basename(name) != name:
-            raise ValueError(f"{index} points outside the directory ({name}); this checkpoint is not to be trusted")
-        if not path.exists():
-            raise ValueError(f"{path} is missing: the checkpoint is incomplete (only safetensors are read); get it again")
-        try:
+        with reading(directory / name, AGAIN) as path:
             shard = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is damaged ({e}); get it again") from None
-        files |= dict.fromkeys(shard.keys(), shard)
+            twice = sorted(files.keys() & shard.keys())
+            if twice:
+                raise ValueError(f"{twice[0]} is in another file, too")
+            files |= dict.fromkeys(shard.keys(), shard)
     return files
 
 
-def load_pretrained(source, *, quantize=None, dtype=torch.bfloat16, device="cpu", random_init=False, blocks=None, attention_dropout=0.0):
-    """A directory, hub id or name from SHAPES -> CausalLM in eval mode, all of it frozen (requires_grad False).
+def no_links_out(directory):
+    """ValueError if a file of the directory is a link to somewhere else.
 
-    quantize "nf4": the seven projections of each block in 4 bits; a checkpoint that bitsandbytes has quantised stays in 4 bits
-    whatever is asked. dtype: of all other tensors. random_init: fresh weights (torch's global generator) instead of the
-    checkpoint's. blocks: the first so many of the pretrained blocks, or any number of random ones.
+    What is exported from it would be the target's content. The hub's cache keeps the files of
+    models--NAME/snapshots/COMMIT in models--NAME/blobs: those links are its own."""
+    home = directory.resolve()
+    for file in directory.iterdir():
+        target = file.resolve()
+        inside = target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")
+        if not inside:
+            raise ValueError(f"{file} is a link that leaves its directory (to {target}) and is "
+                             "not exported; put a copy in its place if you trust it")
+
+
+def load_pretrained(source, *, quantize=None, dtype=torch.bfloat16, device="cpu",
+                    random_init=False, blocks=None, attention_dropout=0.0):
+    """A directory, hub id or name from SHAPES -> CausalLM in eval mode, all frozen.
+
+    quantize "nf4": the seven projections of each block in 4 bits. A checkpoint that bitsandbytes
+    has quantised stays as it is whatever is asked: what it holds in 16 bit was kept on purpose.
+    dtype: of all other tensors. device "meta": names and shapes are checked, nothing is read.
+    random_init: fresh weights (torch's global generator) instead of the checkpoint's.
+    blocks: the first so many of the pretrained blocks, or any number of random ones.
     Raises ValueError with the names of missing, surplus, mis-shaped or not finite tensors."""
     if source in SHAPES and not random_init:
-        raise ValueError(f"{source} is a shape without weights: give a model directory or hub id (or ask for random weights)")
+        raise ValueError(f"{source} is a shape without weights: give a model directory or hub id "
+                         "(or ask for random weights)")
     config = load_config(source)
-    if blocks and not random_init and blocks > config.num_hidden_layers:
-        raise ValueError(f"{blocks} blocks asked for, but {source} has {config.num_hidden_layers}")
-    config = replace(config, num_hidden_layers=blocks or config.num_hidden_layers, attention_dropout=attention_dropout)
+    depth = config.num_hidden_layers
+    if blocks and not random_init and blocks > depth:
+        raise ValueError(f"{blocks} blocks asked for, but {source} has {depth}")
     files = {} if random_init else tensor_files(fetch(source))
+    packed = {name.removesuffix(".weight.absmax") for name in files
+              if name.endswith(".weight.absmax")}
+    tied = config.tie_word_embeddings
+    if tied and "lm_head.weight" in files:          # a head of its own counts, as in transformers
+        tied = torch.equal(*(files[name].get_tensor(name) for name in
+                             ("lm_head.weight", "model.embed_tokens.weight")))
+    config = replace(config, num_hidden_layers=blocks or depth, tie_word_embeddings=tied,
+                     attention_dropout=attention_dropout)
     with torch.device("meta"):
-        model = CausalLM(config, linear_factory(quantize, dtype))
-    serialised = {name.removesuffix(".weight.absmax") for name in files if name.endswith(".weight.absmax")}
-    for name, module in list(model.named_modules()):
-        if name in serialised and isinstance(module, nn.Linear):                      # 4-bit on disk: the layer must be, too
-            layer = NF4Linear(module.in_features, module.out_features, module.bias is not None, dtype, "meta")
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
+        model = CausalLM(config, linear_factory(None if packed else quantize, dtype))
+    for name, module in list(model.model.layers.named_modules(prefix="model.layers")):
+        if name in packed and isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            layer = NF4Linear(module.in_features, module.out_features, module.bias is not None,
+                              dtype, "meta")
+            setattr(model.get_submodule(parent), child, layer)
     if not random_init:
-        check_names(model, files, source)
-    for name, module in model.named_modules():
-        fill(module, f"{name}." if name else "", files, serialised, dtype, device)
-    if config.tie_word_embeddings:
+        dropped = range(config.num_hidden_layers, depth)
+        check_names(model, files, packed, source, dropped)
+    if device == "meta":
+        return model.to(dtype).requires_grad_(False).eval()
+    modules = list(model.named_modules())
+    for name, module in tqdm(modules, f"loading {source}", unit="module", delay=2, leave=False):
+        load_module(module, name, files, packed, dtype, device)
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
 
 
 def linear_factory(quantize, dtype=torch.bfloat16):
-    """The class of the seven projections: quantize None -> nn.Linear, "nf4" -> NF4Linear with biases in `dtype`."""
+    """The class of the seven projections: quantize None -> nn.Linear, "nf4" -> NF4Linear."""
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize must be nf4 or nothing, not {quantize!r}")
-    return nn.Linear if quantize is None else lambda i, o, bias: NF4Linear(i, o, bias, dtype)
+    return functools.partial(NF4Linear, dtype=dtype) if quantize else nn.Linear
 
 
-def check_names(model, files, source):
-    """ValueError listing every tensor that is missing, surplus or of another shape than the configuration says."""
-    expected = {}
+def check_names(model, files, packed, source, dropped=()):
+    """ValueError listing every tensor that is missing, surplus or not of the expected shape.
+
+    packed: names of 4-bit layers; dropped: numbers of the blocks that are left out."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear):
-            expected[name + ".weight"] = [module.out_features, module.in_features]
-        own = {} if isinstance(module, NF4Linear) else {"weight": getattr(module, "weight", None)}
-        own["bias"] = getattr(module, "bias", None)
-        expected |= {f"{name}.{key}": list(p.shape) for key, p in own.items() if isinstance(p, torch.Tensor)}
+            shapes[f"{name}.weight"] = [module.out_features, module.in_features]
+    ignored = tuple(f"model.layers.{i}." for i in dropped)
     if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    problems = [f"{name} is missing" for name in expected if name not in files]
-    for name, shard in files.items():
-        block = name.removeprefix("model.layers.").split(".")[0]
-        if name in expected:
-            shape = shard.get_slice(name).get_shape()
-            if shape != expected[name] and name + ".absmax" not in files:
-                problems.append(f"{name} is {shape} instead of {expected[name]}")
-        elif not (name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or name.split(".weight.")[0] + ".weight" in expected
-                  or name.startswith("model.layers.") and block.isdigit() and int(block) >= model.config.num_hidden_layers):
-            problems.append(f"{name} is not part of this architecture")
+        del shapes["lm_head.weight"]
+        ignored += ("lm_head.weight",)
+    found = {name for name in files if not name.startswith(ignored)
+             and not name.endswith("rotary_emb.inv_freq")
+             and name.partition(".weight.")[0] not in packed}
+    problems = [f"{name} is missing" for name in shapes if name not in files]
+    problems += [f"{name} is not part of this architecture" for name in sorted(found - {*shapes})]
+    for name in found & shapes.keys():
+        shape = files[name].get_slice(name).get_shape()
+        if shape != shapes[name] and name.removesuffix(".weight") not in packed:
+            problems.append(f"{name} is {shape} instead of {shapes[name]}")
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems[:20])}{more}")
 
 
-def fill(module, prefix, files, serialised, dtype, device):
-    """Give one module of the meta-device model its own tensors, one at a time: loaded (or drawn, where `files` is empty), moved, converted."""
-    if isinstance(module, NF4Linear) and prefix[:-1] in serialised:
-        key = prefix + "weight"
-        parts = {name.removeprefix(key).lstrip("."): files[name].get_tensor(name) for name in files if name == key or name.startswith(key + ".")}
-        q = from_bitsandbytes(parts, key)
-        for field in ("packed", "absmax", "nested_absmax", "nested_offset"):
-            setattr(q, field, getattr(q, field).to(device))
-        module.set(q)
-    elif isinstance(module, NF4Linear):
-        key = prefix + "weight"
-        weight = files[key].get_tensor(key) if files else torch.empty(module.out_features, module.in_features, dtype=dtype).normal_(0, 0.02)
-        module.set(quantize_nf4(weight.to(device), key))
-    for key, p in list(module._parameters.items()):
-        if p is None or prefix + key == "lm_head.weight" and prefix + key not in files and files:       # tied
-            continue
-        if files:
-            value = files[prefix + key].get_tensor(prefix + key).to(device, dtype)
+def read_tensor(files, name, device="cpu", dtype=None):
+    """One tensor of a checkpoint, on its device, in `dtype` (default: its own).
+
+    Raises ValueError, with its name, for NaN or infinity: the extremes are them, too."""
+    tensor = files[name].get_tensor(name).to(device, dtype)
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values (as {tensor.dtype}); the "
+                         "checkpoint is damaged, get it again")
+    return tensor
+
+
+def read_packed(files, name, device):
+    """One weight that bitsandbytes has quantised -> NF4Weight on `device`."""
+    parts = [key for key in files if key == name or key.startswith(f"{name}.")]
+    tensors = {key.removeprefix(name).lstrip("."): files[key].get_tensor(key) for key in parts}
+    return from_bitsandbytes(tensors, name).to(device)
+
+
+def load_module(module, name, files, packed, dtype, device):
+    """Give one module of the meta-device model its own tensors, one at a time: loaded (or drawn,
+    where there are no `files`), moved, converted."""
+    weight = f"{name}.weight"
+    if isinstance(module, NF4Linear):
+        if name in packed:
+            module.set(read_packed(files, weight, device))
+        elif files:
+            module.set(quantize_nf4(files[weight].get_tensor(weight).to(device), weight))
         else:
+            drawn = torch.empty(module.out_features, module.in_features, dtype=dtype)
+            module.set(quantize_nf4(drawn.normal_(0, 0.02).to(device), weight))
+    for key, p in list(module._parameters.items()):
+        full = f"{name}.{key}"
+        if p is None or (files and full not in files):        # the latter: a tied lm_head
+            continue
+        if not files:
             value = torch.empty(p.shape, dtype=dtype, device=device)
-            value.fill_(float(key == "weight")) if isinstance(module, RMSNorm) or key == "bias" else value.normal_(0, 0.02)
+            constant = isinstance(module, RMSNorm) or key == "bias"
+            value = value.fill_(key == "weight") if constant else value.normal_(0, 0.02)
+        elif name in packed and key == "weight":    # a 4-bit lm_head: the loss wants it whole
+            value = dequantize_nf4(read_packed(files, full, device), dtype)
+        else:
+            value = read_tensor(files, full, device, dtype)
         module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
 
-def save_pretrained(model, directory, shard_bytes=5 * 10 ** 9):
-    """Write config.json and safetensors shards of at most `shard_bytes` (with an index if there are several) that transformers opens.
+def fingerprint(model):
+    """-> 8 hex digits that tell one frozen base from another on any device, None if none is frozen.
 
-    The directory appears whole or not at all. Raises ValueError for 4-bit layers and for a directory that exists."""
-    directory = Path(directory)
-    if any(isinstance(m, NF4Linear) for m in model.modules()):
-        raise ValueError("the model holds NF4 layers; load the base in 16 bit (quantize=None) to save a whole model")
-    if directory.exists():
-        raise ValueError(f"{directory} exists already; remove it or choose another name")
-    tensors = {k: v.detach() for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
-    shards, room = [], 0
+    CRC-32 of the first 4,096 elements of each frozen tensor (of an NF4 weight: of its codes)."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen += [m.weight for m in model.modules() if isinstance(m, NF4Linear)]
+    crc = 0
+    for tensor in frozen:
+        start = tensor.detach().flatten()[:4096].cpu()
+        crc = zlib.crc32(start.view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}" if frozen else None
+
+
+def save_pretrained(model, directory, shard_bytes=5 * 10 ** 9):
+    """Write config.json and safetensors shards that transformers opens, tensor by tensor.
+
+    The directory appears whole or not at all. Raises ValueError for 4-bit layers and for a
+    directory that exists."""
+    tensors = whole_tensors(model)
+    with new_directory(directory) as temporary:
+        write_checkpoint(temporary, model.config, tensors, tensors.get, shard_bytes)
+
+
+def whole_tensors(model):
+    """-> {name: tensor} of a checkpoint of the model; ValueError for 4-bit layers."""
+    if any(isinstance(m, NF4Linear) or hasattr(m, "lora_A") for m in model.modules()):
+        raise ValueError("the model holds NF4 layers or an adapter; load the base in 16 bit "
+                         "(quantize=None) and merge to save a whole model")
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def write_checkpoint(directory, config, tensors, value, shard_bytes=5 * 10 ** 9):
+    """Write config.json and shards (with an index if there are several) into a directory.
+
+    tensors: {name: tensor}, for names, shapes and dtypes only: they may be on the meta device;
+    value(name) -> the tensor, asked for one at a time and never kept."""
+    shards = [[]]
+    room = shard_bytes
     for name, tensor in tensors.items():
-        if tensor.nbytes > room:
-            shards.append({})
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
             room = shard_bytes
-        shards[-1][name] = tensor
+        shards[-1].append(name)
         room -= tensor.nbytes
-    temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
     weight_map = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file({k: v.cpu().contiguous() for k, v in shard.items()}, temporary / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = "model.safetensors"
+        write_safetensors(directory / file, {name: tensors[name] for name in names}, value)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        with writing(directory / "model.safetensors.index.json") as path:
+            path.write_text(json.dumps(index, indent=1))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    (temporary / "config.json").write_text(json.dumps(config_json(model.config) | {"torch_dtype": dtype}, indent=1))
-    temporary.rename(directory)
+    with writing(directory / "config.json") as path:
+        path.write_text(json.dumps(config_json(config) | {"torch_dtype": dtype}, indent=1))
+
+
+def write_safetensors(path, tensors, value):
+    """One safetensors file: the header's length in 8 bytes, the header as JSON, the data.
+
+    safetensors' own writer wants all tensors at once; this one holds one at a time."""
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end += tensor.nbytes
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                           # so that the data is aligned
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            data = value(name).detach().cpu().contiguous().flatten()
+            file.write(data.view(torch.uint8).numpy())
