@@ -739,7 +739,7 @@ def read_settings(directory, experiment=None):
         raise ValueError(f"{directory} has no {result} yet: go on with the training by --resume")
     for key in PATHS:
         place = settings.get(key)
-        if place and os.path.isabs(place) and not os.path.exists(place):
+        if isinstance(place, str) and os.path.isabs(place) and not os.path.exists(place):
             moved = os.path.normpath(directory / os.path.relpath(place, was))
             if os.path.exists(moved):
                 settings[key] = moved
