@@ -554,7 +554,7 @@ def estimate(args, device, dtype, sky):
     # dropout.
     config.attention_dropout = args.dropout if device == "cpu" else 0.0
     rows = min(args.micro_batch or args.batch_size, args.batch_size)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         backbone = Decoder(config).requires_grad_(reference)
         backbone.checkpoint_activations = args.checkpoint_activations
         for p in backbone.parameters():
