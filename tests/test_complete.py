@@ -36,7 +36,7 @@ def run(tiny, adapter, tmp_path_factory):
     """A run directory as train_lm.py leaves it, with that adapter."""
     out = tmp_path_factory.mktemp("runs") / "s1-all"
     out.mkdir()
-    (out / "config.json").write_text(json.dumps({"settings": {"base": str(tiny[0]), "data": str(tiny[1]), "subset": "s1"}}))
+    (out / "config.json").write_text(json.dumps({"directory": str(out), "settings": {"base": str(tiny[0]), "data": str(tiny[1]), "subset": "s1"}}))
     (out / "adapter").symlink_to(adapter)
     return out
 
@@ -95,6 +95,26 @@ def test_resume(run, tmp_path, capsys):
     assert "line 1: not a completion" in capsys.readouterr().err and out.read_bytes() == b'{"id": 3}\n' + whole
 
 
+def test_other_texts_of_the_same_ids(tiny, run, tmp_path, capsys):
+    """A file is gone on with only where its abstracts are the same ones, wherever they lie; an id twice is refused."""
+    for name, text in (("a", "One. Two. Three."), ("b", "Other. Texts.")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": 1, "abstract": text}) + "\n")
+    arguments = command("complete", run, "--max-new-tokens", 3, "--out", tmp_path / "c.jsonl")
+    nano_eval.main([*arguments, "--data", str(tmp_path / "a.jsonl")])
+    whole = (tmp_path / "c.jsonl").read_bytes()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "moved" / "texts.jsonl")
+    nano_eval.main([*arguments, "--data", str(tmp_path / "moved" / "texts.jsonl")])
+    assert (tmp_path / "c.jsonl").read_bytes() == whole
+    with pytest.raises(SystemExit):
+        nano_eval.main([*arguments, "--data", str(tmp_path / "b.jsonl")])
+    assert "prompt was" in capsys.readouterr().err
+    (tmp_path / "c.jsonl").write_bytes(whole + whole)
+    with pytest.raises(SystemExit):
+        nano_eval.main(["signatures", str(tmp_path / "c.jsonl")])
+    assert "c.jsonl, line 3: a second completion of 1 by base" in capsys.readouterr().err
+
+
 def test_killed(run, tmp_path):
     """kill -9 in the middle of a real process: what was written stays, and the end is that of an undisturbed run."""
     out, undisturbed = tmp_path / "c.jsonl", tmp_path / "u.jsonl"
@@ -127,6 +147,20 @@ def test_own_prompt(run, capsys):
     assert printed.startswith("[s1-all]\nWe study the") and len(printed) > len("[s1-all]\nWe study the\n\n") and "[base]" not in printed
 
 
+def test_own_prompt_with_two_bases(tiny, run, tmp_path, capsys):
+    """Where the runs have different bases, these are printed, too."""
+    (tmp_path / "other").symlink_to(tiny[0])
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["base"] = str(tmp_path / "other")
+    (twin / "config.json").write_text(json.dumps(config))
+    (twin / "adapter").symlink_to((run / "adapter").resolve())
+    nano_eval.main(command("complete", run, twin, "--prompt", "We study the", "--max-new-tokens", 3))
+    printed = capsys.readouterr().out
+    assert [x for x in printed.splitlines() if x in ("[base]", "[other]", "[s1-all]", "[twin]")] == ["[base]", "[other]", "[s1-all]", "[twin]"]
+
+
 def test_control_papers(tiny, run, tmp_path, capsys):
     """The five control papers are a set of their own."""
     from data_arxiv import prepare
@@ -146,14 +180,29 @@ def test_adapter_directory_works_as_a_run(tiny, run, adapter, tmp_path):
         nano_eval.main(command("perplexity", *what, "--data", tiny[1], "--samples", 6, "--json", tmp_path / "p.json"))
         out = tmp_path / f"c{len(results)}.jsonl"
         nano_eval.main(command("complete", *what, "--data", tiny[1], "--samples", 2, "--max-new-tokens", 8, "--out", out))
-        results.append([json.load(open(tmp_path / "p.json"))["models"][1], [r["completion"] for r in lines(out)]])
+        results.append([json.load(open(tmp_path / "p.json"))["rows"][1], [r["completion"] for r in lines(out)]])
     (of_run, completions), (of_adapter, same) = results
-    assert of_adapter["model"] == "peft-style" and of_adapter["perplexity"] == of_run["perplexity"] and same == completions
+    assert of_adapter["name"] == "peft-style" and of_adapter["values"] == of_run["values"] and same == completions
 
 
 def test_an_adapter_is_named_after_its_run(tiny, run):
-    jobs, _ = nano_eval.find_models(argparse.Namespace(runs=[], adapter=[str(run / "adapter")], base=None))
-    assert [name for name, _, _ in jobs] == ["base", "s1-all"] and jobs[0][1] == str(tiny[0])
+    args = argparse.Namespace(adapter=[str(run / "adapter")], base=None, device="cpu", dtype="float32")
+    models, _ = nano_eval.find_models([], args)
+    assert [m.name for m in models] == ["base", "s1-all"] and models[0].base == str(tiny[0])
+    (run / "adapter-best").symlink_to(run / "adapter")
+    assert nano_eval.name_of(run / "adapter-best") == "s1-all-best"
+    (run / "adapter-best").unlink()
+
+
+def test_an_adapter_for_a_base_of_another_machine(adapter, tmp_path, capsys):
+    import shutil
+    shutil.copytree(adapter, tmp_path / "theirs")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base in ("/home/ada/models/llama", "models/v1/llama", "../llama"):
+        (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(SystemExit) as stop:
+            nano_eval.main(command("perplexity", "--adapter", tmp_path / "theirs"))
+        assert stop.value.code == 2 and "say with --base" in capsys.readouterr().err
 
 
 def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
@@ -162,7 +211,7 @@ def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
     from huggingface_hub.errors import LocalEntryNotFoundError
     asked = []
 
-    def snapshot_download(source, allow_patterns, ignore_patterns):
+    def snapshot_download(source, allow_patterns, ignore_patterns=None):
         asked.append((source, allow_patterns))
         if source != "LLMsForHepth/s3-L-3.1-8B-qkv":
             raise LocalEntryNotFoundError("no connection")
@@ -170,13 +219,14 @@ def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     published = "LLMsForHepth/s3-L-3.1-8B-qkv"
     nano_eval.main(command("perplexity", "--adapter", published, "--data", tiny[1], "--samples", 3, "--json", tmp_path / "p.json"))
-    assert [m["model"] for m in json.load(open(tmp_path / "p.json"))["models"]] == ["base", published]
+    assert [m["name"] for m in json.load(open(tmp_path / "p.json"))["rows"]] == ["base", published]
     assert asked == [(published, ["adapter_config.json", "adapter_model.safetensors"])]
-    for source, sentence in (("nobody/nothing", "the hub cannot be reached"), (str(tmp_path), "holds no adapter"),
+    for source, sentence in (("nobody/nothing", "no connection"), (str(tmp_path), "holds no adapter"),
                              ("./nowhere", "neither a directory nor a hub id")):
         with pytest.raises(SystemExit) as stop:
             nano_eval.main(command("complete", "--adapter", source))
-        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and sentence in error and "shapes" not in error
 
 
 def test_ctrl_c(run, monkeypatch, capsys, tmp_path):
@@ -185,7 +235,7 @@ def test_ctrl_c(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(nano_eval, "complete_batch", interrupted)
     with pytest.raises(SystemExit) as stop:
         nano_eval.main(command("complete", run, "--max-new-tokens", 5, "--out", tmp_path / "c.jsonl"))
-    assert stop.value.code == 130 and "goes on with the same command" in capsys.readouterr().err
+    assert stop.value.code == 130 and "the same command" in capsys.readouterr().err
 
 
 def test_refusals(tiny, run, tmp_path, capsys):
@@ -197,10 +247,12 @@ def test_refusals(tiny, run, tmp_path, capsys):
     assert "give run directories" in error()
     assert "--prompt is empty" in error(run, "--prompt", " ")
     assert "the model has room for 1024" in error(run, "--prompt", "We study")
-    assert "must be at least 1" in error(run, "--max-new-tokens", 0)
-    assert "--temperature cannot be negative" in error(run, "--temperature", -1) and "--samples cannot" in error(run, "--samples", -1)
+    for flag, value in (("--max-new-tokens", 0), ("--temperature", -1), ("--temperature", "nan"), ("--temperature", "inf"), ("--samples", -1),
+                        ("--top-k", 0), ("--batch-size", 0)):
+        assert f"argument {flag}" in error(run, flag, value)
     assert "two models are called s1-all" in error(run, run)
+    assert "Is a directory" in error(run, "--out", tmp_path)
     import fcntl
     with open(tmp_path / "c.jsonl", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another `eval.py complete`" in error(run, "--out", tmp_path / "c.jsonl", "--samples", 1)
+        assert "another process is writing it" in error(run, "--out", tmp_path / "c.jsonl", "--samples", 1)
