@@ -1,13 +1,14 @@
 """connectors.py, regression: the prompts against transformers, the Gaussian against torch.distributions, parameter counts of the paper."""
 import json
 import math
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import connectors
-from connectors import (PROMPTS, REFERENCES, build_regressor, coverage, encode_words, gaussian_head, gaussian_nll, joint_coverage, load_regressor,
+from connectors import (NUMBERS, PROMPTS, REFERENCES, build_regressor, coverage, encode_words, gaussian_head, gaussian_nll, joint_coverage, load_regressor,
                         sample_gaussian, standard_deviation)
 from model import SHAPES, CausalLM
 
@@ -31,13 +32,19 @@ def test_words_are_the_chat_template_with_an_empty_system_message(smollm2):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     text = tokenizer.apply_chat_template([{"role": "system", "content": ""}, {"role": "user", "content": "SIGNAL"}], tokenize=False, add_generation_prompt=True)
-    assert "".join("SIGNAL" if piece == "signal" else piece for piece in PROMPTS["chat"][:-1]) == text
+    assert "".join("SIGNAL" if piece == NUMBERS else piece for piece in PROMPTS["chat"][:-1]) == text
     for prompt, count in (("minimal", 0), ("chat", 2), ("chat-trainable", 3)):
         words = encode_words(str(smollm2), PROMPTS[prompt])
         assert len(words) == count
         for piece, ids in words.items():
             assert ids.tolist() == tokenizer(piece, add_special_tokens=False).input_ids
-    assert [len(ids) for ids in encode_words(str(smollm2), PROMPTS["chat"]).values()] == [8, 6]
+    assert [len(ids) for ids in encode_words(str(smollm2), PROMPTS["chat"]).values()] == [8, 6]          # as plain text 26 and more
+
+
+def test_words_keep_their_control_tokens(chatty):
+    """Where abstracts are encoded, <|im_start|> is text; in a prompt it is one token."""
+    for piece, ids in encode_words(str(chatty), PROMPTS["chat"]).items():
+        assert [t for t in ids.tolist() if t > 255] == [{"<|im_start|>": 257, "<|im_end|>": 258}[t] for t in re.findall(r"<\|im_\w+\|>", piece)]
 
 
 def naive_hidden(regressor, base, signals, blocks):
@@ -46,7 +53,7 @@ def naive_hidden(regressor, base, signals, blocks):
     peer = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, num_hidden_layers=blocks).model
     peer.norm.weight.data.fill_(1.0)
     ids = encode_words(str(base), PROMPTS[regressor.settings["prompt"]])
-    pieces = [regressor.input_connector(signals[..., None]) if piece == "signal" else
+    pieces = [regressor.input_connector(signals[..., None]) if piece == NUMBERS else
               (peer.embed_tokens(ids[piece]) if piece in ids else regressor.tokens[piece]).expand(len(signals), -1, -1)
               for piece in PROMPTS[regressor.settings["prompt"]]]
     return peer(inputs_embeds=torch.cat(pieces, dim=1), use_cache=False).last_hidden_state[:, -1]
@@ -60,7 +67,7 @@ def test_same_as_transformers(prompt, chatty, request):
         signals = torch.randn(3, 47, generator=torch.Generator().manual_seed(0))
         ours, peer = regressor.hidden(signals), naive_hidden(regressor, base, signals, BLOCKS)
         assert torch.allclose(ours, peer, atol=1e-4, rtol=1e-4)
-        inputs = [regressor.trained()[name] for name in regressor.groups()[0]]
+        inputs = [p for name, p in regressor.trained().items() if not name.startswith("output_connector.")]
         assert len(inputs) == {"minimal": 3, "chat": 3, "chat-trainable": 5}[prompt]
         weights = torch.randn(peer.shape, generator=torch.Generator().manual_seed(1))
         for a, b in zip(torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((peer * weights).sum(), inputs)):
@@ -80,7 +87,7 @@ def test_references_are_small_qwen2(causal):
     mask = None if causal else torch.zeros(3, 1, 48, 48)                  # a four-dimensional mask is added as it is
     expected = peer(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
     assert torch.allclose(regressor.hidden(signals), expected, atol=1e-5)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in regressor.parameters()) and len(regressor.groups()) == 1
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in regressor.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- the Gaussian
@@ -184,29 +191,29 @@ def test_dropout_only_in_training_and_not_in_the_prefix(chatty):
 def test_load_regressor(chatty, tmp_path):
     settings = settings_of(chatty, init="random", prompt="chat")
     (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
-    with pytest.raises(ValueError, match="has no model.safetensors yet"):
+    with pytest.raises(ValueError, match="there is no model.safetensors yet: go on with --resume"):
         load_regressor(tmp_path)
     regressor = build_regressor(settings)
     for p in regressor.trained().values():
         p.data.add_(0.1)
     save = lambda **more: save_file({k: v.detach().contiguous() for k, v in regressor.trained().items()}, tmp_path / "model.safetensors",
-                                    metadata={"fingerprint": str(regressor.fingerprint)} | more)
+                                    metadata={"state": json.dumps({"fingerprint": regressor.fingerprint} | more)})
     save()
     loaded, signals = load_regressor(tmp_path), torch.randn(4, 47)
     assert all(torch.equal(a, b) for a, b in zip(loaded(signals), regressor(signals))) and loaded.settings == settings and not loaded.training
-    save(fingerprint="1")
+    save(fingerprint="00000001")
     with pytest.raises(ValueError, match="trained with another backbone"):
         load_regressor(tmp_path)
     save_file(load_file(tmp_path / "model.safetensors") | {"input_connector.weight": torch.zeros(7, 1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"does not fit its backbone \(hidden size 48\): input_connector.weight is \(7, 1\), expected \(48, 1\)"):
         load_regressor(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="model.safetensors: .*; train it again, or give another run"):
         load_regressor(tmp_path)
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="config.json: is not there"):
         load_regressor(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"settings": settings | {"experiment": "generate"}}))
-    with pytest.raises(ValueError, match="not of regress"):
+    with pytest.raises(ValueError, match="is of train_l3m.py generate, not of regress"):
         load_regressor(tmp_path)
 
 
