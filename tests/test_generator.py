@@ -213,10 +213,11 @@ def run(generator, context, conditions, n, **kwargs):
 
 @pytest.mark.parametrize("S, window, slide", [(2, 12, 6), (2, 5, 2), (3, 5, 1), (7, 5, 3)])
 @pytest.mark.parametrize("method", ["midpoint", "dopri5"])
-def test_cached_equals_teacher_forced_across_slides(S, window, slide, method):
+def test_cached_equals_teacher_forced_across_slides(S, window, slide, method, monkeypatch):
     """Each generated patch is the one that a pass without a cache over the true window, with its true index, gives."""
+    monkeypatch.setattr(connectors, "WINDOW", window)
     generator, n, (slices, conditions) = tiny(words=True, attention_dropout=0.0), 6, lightcones(2, S)
-    got = run(generator, slices, conditions, n, seeds=[11, 12], window=window, slide=slide, samples=2, method=method)
+    got = run(generator, slices, conditions, n, seeds=[11, 12], slide=slide, samples=2, method=method)
     assert got.shape == (2, 2, n, 14, 14) and got.std() > 0.1
     for b, k in ((0, 0), (1, 1)):
         whole, draw, first = torch.cat((slices[b], got[b, k])), torch.Generator().manual_seed(seed_of(11 + b, k)), 0
@@ -231,7 +232,7 @@ def test_cached_equals_teacher_forced_across_slides(S, window, slide, method):
             torch.testing.assert_close(unpatch(x.view(2, 2, 49)), whole[s], rtol=2e-3, atol=2e-3)
     if S == 2 and window == 5:
         assert first > 3                                                                        # it slid twice
-        again = run(generator, slices, conditions, n, seeds=[11, 12], window=window, slide=slide, samples=2, method=method, bins=10)
+        again = run(generator, slices, conditions, n, seeds=[11, 12], slide=slide, samples=2, method=method, bins=10)
         assert torch.equal(again[:, :, :3], got[:, :, :3]) and (again[:, :, 3] - got[:, :, 3]).abs().max() > 1e-3     # the new index arrives
 
 
@@ -268,7 +269,7 @@ SETTINGS = dict(experiment="generate", init="small", base="none", blocks=None, t
 def write_run(directory, settings, generator):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"settings": settings}))
-    save_file({k: v.detach().contiguous() for k, v in generator.trained().items()}, directory / "model.safetensors", {"fingerprint": str(generator.fingerprint)})
+    save_file({k: v.detach().contiguous() for k, v in generator.trained().items()}, directory / "model.safetensors", {"state": json.dumps({"fingerprint": generator.fingerprint})})
 
 
 def test_reference_builds_from_its_seed_alone_and_loads(tmp_path):
@@ -311,23 +312,45 @@ def test_language_model_backbone(smollm2, tmp_path, init, tune):
 
 
 def test_bad_runs_end_in_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="holds no run"):
-        load_generator(tmp_path)
+    def error():
+        with pytest.raises(ValueError) as e:
+            load_generator(tmp_path)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+    assert "config.json: is not there" in error()
     generator = build_generator(SETTINGS)
     write_run(tmp_path, SETTINGS | {"experiment": "regress"}, generator)
-    with pytest.raises(ValueError, match="is a run of train_l3m.py regress, not of generate"):
-        load_generator(tmp_path)
+    assert "is of train_l3m.py regress, not of generate" in error()
     write_run(tmp_path, SETTINGS | {"init": "large"}, generator)
-    with pytest.raises(ValueError, match="does not fit its backbone .hidden size 256."):
-        load_generator(tmp_path)
+    assert "does not fit its backbone (hidden size 256)" in error()
+    for name, value in (("init", "other"), ("init", ["small"]), ("dtype", "int8"), ("dtype", None), ("blocks", -3), ("blocks", 10**9), ("blocks", "six"), ("patch", None),
+                        ("patch", 0), ("seed", "zero"), ("seed", -1), ("tune", "none"), ("rank", {}), ("dropout", {})):
+        for init in (SETTINGS, SETTINGS | {"init": "random", "base": "smollm2-135m", "blocks": 1, "tune": "lora"}):
+            if (name, init["init"]) in (("rank", "small"), ("dropout", "small"), ("dropout", "random")):
+                continue                                                                        # not used there
+            write_run(tmp_path, init | {name: value}, generator)
+            assert "config.json" in error() or "does not fit" in error(), (name, value)
+    for name in ("init", "seed", "dtype", "patch", "tune", "rank", "blocks", "experiment", "dropout"):
+        write_run(tmp_path, {k: v for k, v in SETTINGS.items() if k != name}, generator)
+        assert f"config.json: lacks '{name}'" in error()
+    write_run(tmp_path, SETTINGS, generator)
+    for text in ("{", "[]", '{"settings": 3}', '{"settings": null}', ""):
+        (tmp_path / "config.json").write_text(text)
+        assert "config.json: " in error()
     write_run(tmp_path, SETTINGS, generator)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is damaged"):
-        load_generator(tmp_path)
+    whole = weights.read_bytes()
+    for part in (whole[:1000], whole[:-10], b"", b"nonsense"):
+        weights.write_bytes(part)
+        assert "model.safetensors: " in error() and "train it again, or give another run" in error()
     weights.unlink()
-    with pytest.raises(ValueError, match="has no model.safetensors yet"):
-        load_generator(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+    assert "there is no model.safetensors yet: go on with --resume" in error()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, value):
+    generator = build_generator(SETTINGS)
+    generator.velocity.blocks[3][1].weight.data[5, 6] = value
+    write_run(tmp_path, SETTINGS, generator)
+    with pytest.raises(ValueError, match="model.safetensors: velocity.blocks.3.1.weight holds NaN or infinity"):
         load_generator(tmp_path)
