@@ -6,8 +6,8 @@ directions on the sky and one along the line of sight, which is cosmic time. Six
 parameters from the sky-averaged signal (`GlobalSignals`), and generate lightcones slice by slice
 (`SubLightcones`).
 
-    python data_lightcone.py simulate -n 1000         # built in, fast: 28 x 28 x 470, some minutes
-    python data_lightcone.py simulate --box 40 --bins 2350              # the paper's cells, 1.43 Mpc
+    python data_lightcone.py simulate -n 1000        # built in, fast: 28 x 28 x 470, some minutes
+    python data_lightcone.py simulate --box 40 --bins 2350             # the paper's cells, 1.43 Mpc
     python data_lightcone.py simulate --backend 21cmfast -n 5000 --workers 32 --python PYTHON
     python data_lightcone.py convert ~/my_lightcones/*    # 21cmFAST v3 or v4 HDF5, .npz
     python data_lightcone.py inspect data/lightcones      # counts and figures
@@ -95,7 +95,8 @@ def comoving_distance(z, Om, h=HUBBLE):
     """Comoving distance to redshift z (array or number) in Mpc."""
     grid = np.linspace(0, 45, 9001)
     f = LIGHT_SPEED / hubble(grid, Om, h) / MPC
-    return np.interp(z, grid, np.concatenate([[0], np.cumsum((f[1:] + f[:-1]) / 2 * np.diff(grid))]))
+    steps = (f[1:] + f[:-1]) / 2 * np.diff(grid)
+    return np.interp(z, grid, np.concatenate([[0], np.cumsum(steps)]))
 
 
 def redshift_at(distance, Om, h=HUBBLE):
@@ -196,8 +197,7 @@ PAPER_OPTIONS = {"INHOMO_RECO": (False,), "RECOMB_MODEL": ("none",), "CELL_RECOM
 def read_21cmfast(path, f):
     """21cmFAST's own files, 3.x and 4.x -> Found."""
     if "brightness_temp" in f:
-        raise ValueError(f"{path}: is a lightcone of a store that this program wrote: copy the file "
-                         "into the other store's directory")
+        raise ValueError(f"{path}: is a store's lightcone already: copy it into the other store")
     v4 = "InputParameters" in f
     inputs = f["InputParameters"] if v4 else f
     if "astro_params" not in inputs:
@@ -240,12 +240,13 @@ def read_21cmfast(path, f):
 
 
 def parameters_21cmfast(path, settings, v4):
-    """The six parameters of 21cmFAST's settings, NaN where a value does not count -> (6,), notes."""
+    """The six parameters of 21cmFAST's settings, NaN where one does not count -> (6,), notes."""
     source = settings.get("SOURCE_MODEL", "CONST-ION-EFF")
     other = [name for name in OTHER_SOURCES if settings.get(name)]
     if other or source != "CONST-ION-EFF":
         raise ValueError(f"{path}: lacks zeta: made with {other[0] if other else source}, where "
                          "HII_EFF_FACTOR does not count")
+    T_vir = settings["ION_Tvir_MIN"]
     unknown = {}
     if v4:
         unknown["m_WDM"] = "21cmFAST v4 has none"
@@ -257,8 +258,7 @@ def parameters_21cmfast(path, settings, v4):
             unknown["E_0"] = unknown["log10_L_X"]
     if settings.get("M_MIN_in_Mass"):
         unknown["log10_T_vir"] = "M_MIN_in_Mass is on, ION_Tvir_MIN does not count"
-    elif abs(settings.get("X_RAY_Tvir_MIN", settings["ION_Tvir_MIN"]) / settings["ION_Tvir_MIN"]
-             - 1) > 0.002:
+    elif abs(settings.get("X_RAY_Tvir_MIN", T_vir) - T_vir) > 0.01:
         unknown["log10_T_vir"] = "X_RAY_Tvir_MIN is not ION_Tvir_MIN"
     names = ("M_WDM", "OMm", "L_X", "NU_X_THRESH", "ION_Tvir_MIN", "HII_EFF_FACTOR")
     parameters = [np.nan if own in unknown else float(settings[name])
@@ -296,7 +296,7 @@ def read_npz(path, f):
 
 
 def order_labels(path, name, p):
-    """The L3M release's six numbers in the order of PARAMETERS: L_X and E_0 tell by their ranges."""
+    """The L3M release's six numbers in the order of PARAMETERS: the ranges of L_X and E_0 tell."""
     if p.shape != (6,):
         raise ValueError(f"{path}: {name} has {p.size} values, expected six parameters")
     swapped = p[[0, 1, 3, 2, 4, 5]]
@@ -304,9 +304,9 @@ def order_labels(path, name, p):
         inside = (PRIORS[2:4, 0] <= ordered[2:4]) & (ordered[2:4] <= PRIORS[2:4, 1])
         if inside.all():
             return ordered
-    raise ValueError(f"{path}: cannot tell the order of {name}: one of its 3rd and 4th value must be "
-                     f"log10 L_X (38 to 42), the other E_0 (100 to 1500 eV), found {p[2]:g} and "
-                     f"{p[3]:g}")
+    raise ValueError(f"{path}: cannot tell the order of {name}: one of its 3rd and 4th value must "
+                     "be log10 L_X (38 to 42), the other E_0 (100 to 1500 eV), found "
+                     f"{p[2]:g} and {p[3]:g}")
 
 
 def h_of(cosmology):
@@ -418,15 +418,17 @@ def check_cube(path, cube, z, history):
     bad = cube.size - np.count_nonzero(np.abs(cube) < 65504)
     if bad:                                                                   # beyond float16
         raise ValueError(f"{path}: {bad} voxels are NaN, infinite or beyond 65504 mK")
-    highest = np.abs(cube).max()
-    if highest < 0.5:                               # no lightcone is so faint: 45 mK at the least
-        raise ValueError(f"{path}: no voxel is above {highest:.3g} mK: is it in kelvin, or empty?")
+    x_hi = np.ones(len(z))
     if history is not None:
         x_hi = np.interp(z, history[0, ::-1], history[1, ::-1])
-        dead = ~cube.any(axis=(1, 2)) & (x_hi > 0.4)    # finished ones reach 0.29, between nodes
-        if dead.any():
-            raise ValueError(f"{path}: unfinished: {dead.sum()} slices up to z = {z[dead][0]:.1f} "
-                             f"are all zero, where its history has x_HI = {x_hi[dead].max():.2f}")
+    neutral = x_hi > 0.4                                # finished ones reach 0.29, between nodes
+    highest = np.abs(cube).max()
+    if highest < 0.5 and neutral.any():                 # no lightcone is so faint: 45 mK at least
+        raise ValueError(f"{path}: no voxel is above {highest:.3g} mK: is it in kelvin, or empty?")
+    dead = ~cube.any(axis=(1, 2)) & neutral
+    if history is not None and dead.any():
+        raise ValueError(f"{path}: unfinished: {dead.sum()} slices up to z = {z[dead][0]:.1f} are "
+                         f"all zero, where its history has x_HI = {x_hi[dead].max():.2f}")
 
 
 def history_summary(lightcone):
@@ -504,15 +506,15 @@ def make_row(lightcone, source, tau_sigma=5.0, max_x_hi=0.1):
         kept = np.linspace(0, nodes - 1, min(nodes, HISTORY)).round().astype(int)    # thinned
         history[:, :len(kept)] = lightcone.history[:, kept]
     alive = np.flatnonzero(cube.any(axis=(1, 2)))
-    return dict(
-        brightness_temp=cube, global_signal=cube.mean(axis=(1, 2), dtype=np.float32),
-        redshifts=np.asarray(lightcone.redshifts, np.float32), history=history,
-        parameters=np.asarray(lightcone.parameters, float), tau=tau, x_hi_end=x_hi_end,
-        passed=not filter_reason(tau, x_hi_end, tau_sigma, max_x_hi),
-        signal_end=int(alive[-1]) + 1 if len(alive) else 0, seed=lightcone.seed,
-        cell_sky=lightcone.cell_sky, cell_los=lightcone.cell_los,
-        z_low=float(lightcone.redshifts[-1]), cosmology=lightcone.cosmology,
-        options=lightcone.options, source=str(source))
+    return {
+        "brightness_temp": cube, "global_signal": cube.mean(axis=(1, 2), dtype=np.float32),
+        "redshifts": np.asarray(lightcone.redshifts, np.float32), "history": history,
+        "parameters": np.asarray(lightcone.parameters, float), "tau": tau, "x_hi_end": x_hi_end,
+        "passed": not filter_reason(tau, x_hi_end, tau_sigma, max_x_hi),
+        "signal_end": int(alive[-1]) + 1 if len(alive) else 0, "seed": lightcone.seed,
+        "cell_sky": lightcone.cell_sky, "cell_los": lightcone.cell_los,
+        "z_low": float(lightcone.redshifts[-1]), "cosmology": lightcone.cosmology,
+        "options": lightcone.options, "source": str(source)}
 
 
 DATASETS = ("brightness_temp", "global_signal", "redshifts", "history")
@@ -654,7 +656,7 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
     report, jobs = [], []                                             # jobs: (entry, Setting)
     for path in tqdm(files, desc="looking", unit="file", disable=len(files) < 100):
         path = Path(path).resolve()
-        entry = dict(file=str(path), status="skipped", reason="", notes=[])
+        entry = {"file": str(path), "status": "skipped", "reason": "", "notes": []}
         report.append(entry)
         try:
             lightcone = read_lightcone(path, bins, cube=False)
@@ -903,7 +905,8 @@ def density_field(seed, k, power, bins, sky, depth, side):
     spectrum = np.exp(np.interp(np.log(np.maximum(kk, 1e-4)), np.log(k), np.log(power)))
     amplitude = np.sqrt(spectrum / (depth * side**2)) * (np.hypot(kx, ky) > 0)
     noise = np.random.default_rng(seed).standard_normal((bins, sky, sky), dtype=np.float32)
-    field = torch.fft.rfftn(torch.from_numpy(noise)) * torch.from_numpy(amplitude.astype(np.float32))
+    field = torch.fft.rfftn(torch.from_numpy(noise))
+    field = field * torch.from_numpy(amplitude.astype(np.float32))
     # how often a column of rfftn stands in the full transform
     twice = np.where((ky == 0) | (2 * np.arange(len(ky)) == sky), 1, 2)
 
@@ -1014,7 +1017,7 @@ def draw_parameters(n, seed):
 
 
 def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1.02,
-             workers=os.cpu_count(), python=sys.executable, keep=None, tau_sigma=5.0, max_x_hi=0.1):
+             workers=None, python=sys.executable, keep=None, tau_sigma=5.0, max_x_hi=0.1):
     """Draw n sets of parameters and add the lightcone of each to the store `out`; returns a dict of
     counts. Run again, it continues where it stopped.
 
@@ -1035,17 +1038,18 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
         why = difference(Setting(bins, sky, Z_LOW, box / sky, cell_los, COSMOLOGY, ""),
                          read_store(out, signals=False).setting)
         if why:
-            raise ValueError(f"{out}: {why}: choose another --out, or the same --bins, --sky, --box")
+            raise ValueError(f"{out}: {why}: choose another --out, or the same --bins and --box")
     jobs = []
     for i, parameters in enumerate(draw_parameters(n, seed)):
         number = seed * 1_000_000 + i + 1
         name = name_of(number, parameters, (bins, sky), "fast" if fast else "")
-        jobs.append(dict(
-            name=name, draw=i, parameters=parameters.tolist(), random_seed=number, sky=sky,
-            bins=bins, box=box, step=step, fast=fast, seed=seed, python=python, out=str(out),
-            native=str(Path(keep or out / "native").absolute()), keep=bool(keep),
-            source=f"{maker}, box {box:g} Mpc, seed {seed}, draw {i}",
-            tau_sigma=tau_sigma, max_x_hi=max_x_hi))
+        jobs.append({
+            "name": name, "draw": i, "parameters": parameters.tolist(), "random_seed": number,
+            "sky": sky, "bins": bins, "box": box, "step": step, "fast": fast, "seed": seed,
+            "python": python, "out": str(out), "keep": bool(keep),
+            "native": str(Path(keep or out / "native").absolute()),
+            "source": f"{maker}, box {box:g} Mpc, seed {seed}, draw {i}",
+            "tau_sigma": tau_sigma, "max_x_hi": max_x_hi})
     failed = read_failures(out)
     todo = [job for job in jobs
             if job["name"] not in failed and not (out / f"{job['name']}.h5").exists()]
@@ -1054,9 +1058,9 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
           f"{size / 1e9:.3g} GB in {out}")
     open_for_adding(out, size)
     failures = 0
-    bar = tqdm(run_jobs(todo, workers), total=len(todo), desc="simulating", unit="lightcone")
+    results = run_jobs(todo, workers or os.cpu_count())
     try:
-        for job, reason in bar:
+        for job, reason in tqdm(results, "simulating", len(todo), unit="lightcone"):
             if reason:
                 failures += 1
                 tqdm.write(f"draw {job['draw']} failed: {reason}", file=sys.stderr)
@@ -1064,9 +1068,9 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
     finally:
         open_for_adding(out, 0)                             # what a killed worker left half-written
     store = read_store(out, signals=False) if list(out.glob("*.h5")) else None
-    return dict(asked=n, there_before=len(jobs) - len(todo), simulated=len(todo) - failures,
-                failed_now=failures, rows_in_store=len(store.names) if store else 0,
-                rows_passed=int(store.passed.sum()) if store else 0)
+    return {"asked": n, "there_before": len(jobs) - len(todo), "simulated": len(todo) - failures,
+            "failed_now": failures, "rows_in_store": len(store.names) if store else 0,
+            "rows_passed": int(store.passed.sum()) if store else 0}
 
 
 def read_failures(out):
@@ -1083,10 +1087,14 @@ def read_failures(out):
 
 def add_failure(out, job, reason):
     """Append to OUT/failures.jsonl, in one write: lines of several jobs do not mix."""
-    line = dict(name=job["name"], source=job["source"], random_seed=job["random_seed"],
-                parameters=dict(zip(PARAMETERS, job["parameters"])), reason=reason)
-    with open(out / "failures.jsonl", "ab", buffering=0) as f:
-        f.write((json.dumps(line) + "\n").encode())
+    line = {"name": job["name"], "source": job["source"], "random_seed": job["random_seed"],
+            "parameters": dict(zip(PARAMETERS, job["parameters"])), "reason": reason}
+    path = out / "failures.jsonl"
+    try:
+        with open(path, "ab", buffering=0) as f:
+            f.write((json.dumps(line) + "\n").encode())
+    except OSError as e:
+        raise OSError(f"{path}: {e.strerror}; the lightcones so far are whole") from e
 
 
 def run_jobs(jobs, workers):
@@ -1194,9 +1202,9 @@ def main_21cmfast():
     import py21cmfast as p21c
     job = json.loads(sys.argv[1])
     m_wdm, Om, log_lx, e_0, log_tvir, zeta = job["parameters"]
-    grid = dict(HII_DIM=job["sky"], BOX_LEN=job["box"])
-    astro = dict(HII_EFF_FACTOR=zeta, ION_Tvir_MIN=log_tvir, L_X=log_lx, NU_X_THRESH=e_0,
-                 R_BUBBLE_MAX=min(15.0, 0.325 * job["box"]))
+    grid = {"HII_DIM": job["sky"], "BOX_LEN": job["box"]}
+    astro = {"HII_EFF_FACTOR": zeta, "ION_Tvir_MIN": log_tvir, "L_X": log_lx, "NU_X_THRESH": e_0,
+             "R_BUBBLE_MAX": min(15.0, 0.325 * job["box"])}
     folder, name = os.path.split(job["file"])
     part = "part-" + name
     if int(p21c.__version__.split(".")[0]) >= 4:
@@ -1321,13 +1329,15 @@ def read_signals(path):
             raise ValueError("no signal is above 0.5 mK: are they in kelvin?")
         seeds = arrays.get("seed", np.full(len(signal), -1)).astype(int)
         passed = np.ones(len(signal), bool)
-        if "xH" in arrays and "node_z" in arrays:
-            for i, x_hi in enumerate(arrays["xH"]):
-                history = clean_history((arrays["node_z"], x_hi), [])
-                if history is not None:
-                    z, x_hi = history
-                    tau = optical_depth(z, x_hi, parameters[i, 1], z[-1])
-                    passed[i] = not filter_reason(tau, x_hi[-1])
+        histories = arrays["xH"] if "xH" in arrays and "node_z" in arrays else None
+        if histories is not None and len(histories) != len(signal):
+            raise ValueError(f"{len(histories)} histories for {len(signal)} signals")
+        for i in range(len(signal) if histories is not None else 0):
+            history = clean_history((arrays["node_z"], histories[i]), [])
+            if history is not None:
+                z, x_hi = history
+                tau = optical_depth(z, x_hi, parameters[i, 1], z[-1])
+                passed[i] = not filter_reason(tau, x_hi[-1])
         names = [name_of(seed, p, signal.shape[1:], content=row)
                  for seed, p, row in zip(seeds, parameters, signal)]
         if len(set(names)) < len(names):
@@ -1400,8 +1410,8 @@ class SubLightcones(torch.utils.data.Dataset):
     from 3 slices on (and may so return less than 12).
     A draw depends only on (seed, epoch, i): give a DataLoader a (batch) sampler of (epoch, i)
     pairs, and workers, resuming and process counts change nothing. Only the slices asked for are
-    read; what is in memory is a few numbers a lightcone. `names` (n) are this split's, `split_names`
-    {split: names} all; `windows()` and `read()` are for evaluation."""
+    read; what is in memory is a few numbers a lightcone. `names` (n) are this split's,
+    `split_names` {split: names} all; `windows()` and `read()` are for evaluation."""
 
     def __init__(self, path, split, *, seed=0, names=None):
         self.store = read_store(path, signals=False)
@@ -1507,9 +1517,10 @@ def power_spectrum(slices, cell):
 
 
 def span(values):
-    """[lowest, highest] of what is known, for a summary."""
+    """{"low", "high", "unknown"} of numbers, for a summary."""
     known = values[np.isfinite(values)]
-    return [float(known.min()), float(known.max())] if len(known) else [None, None]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (None, None)
+    return {"low": low, "high": high, "unknown": len(values) - len(known)}
 
 
 def inspect_store(path, out):
@@ -1518,64 +1529,53 @@ def inspect_store(path, out):
     store, out = read_store(path), Path(out)
     rows, note = usable(store.parameters, store.passed, path)
     disk = sum(file.stat().st_size for file in store.path.glob("*.h5"))
-    z = store.redshifts
-    summary = dict(
-        store=str(path), lightcones=len(store.names), shape=[store.T, store.sky, store.sky],
-        cell_sky=float(store.cell_sky), cell_los=float(store.cell_los),
-        gigabytes=round(disk / 1e9, 3), usable=len(rows), note=note, options=store.setting.options,
-        history_unknown=int(np.isnan(store.tau).sum()), tau=span(store.tau),
-        x_hi_end=span(store.x_hi_end), redshift_low_end=span(z[:, -1]),
-        redshift_high_end=span(z[:, 0]),
-        parameters={name: dict(zip(("low", "high"), span(p)), unknown=int(np.isnan(p).sum()))
-                    for name, p in zip(PARAMETERS, store.parameters.T)})
+    summary = {
+        "store": str(path), "lightcones": len(store.names), "gigabytes": round(disk / 1e9, 3),
+        "shape": [store.T, store.sky, store.sky], "cell_sky": float(store.cell_sky),
+        "cell_los": float(store.cell_los), "options": store.setting.options, "usable": len(rows),
+        "note": note, "tau": span(store.tau), "x_hi_end": span(store.x_hi_end),
+        "redshift_low_end": span(store.redshifts[:, -1]),
+        "redshift_high_end": span(store.redshifts[:, 0]),
+        "parameters": dict(zip(PARAMETERS, map(span, store.parameters.T)))}
     shown = rows if len(rows) else np.arange(len(store.names))
     shown = shown[np.linspace(0, len(shown) - 1, min(12, len(shown))).astype(int)]
     labels = [", ".join(f"{v:.3g}" for v in p) for p in store.parameters]
     with figure(out / "signals", figsize=(9, 5)) as axes:
         for row in shown:
-            axes[0, 0].plot(z[row], store.global_signal[row], lw=1, label=labels[row])
+            axes[0, 0].plot(store.redshifts[row], store.global_signal[row], lw=1, label=labels[row])
         axes[0, 0].axhline(0, color="k", lw=0.5)
         axes[0, 0].set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]")
         axes[0, 0].legend(title=", ".join(PARAMETERS), fontsize=6, title_fontsize=6)
-    strips = shown[np.linspace(0, len(shown) - 1, min(4, len(shown))).astype(int)]
-    cubes = [store.slices(store.names[row], 0, store.T).astype(np.float32) for row in strips]
-    draw_strips(out / "lightcones", store, strips, cubes, labels)
-    draw_power(out / "power", store, strips, cubes, labels)
+    draw_sections(store, shown[::3], labels, out)
     with writing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def draw_strips(path, store, rows, cubes, labels):
-    """One section along the line of sight of each lightcone."""
-    with figure(path, len(rows), figsize=(13, 2.3 * len(rows))) as axes:
+def draw_sections(store, rows, labels, out):
+    """Of each lightcone a section along the line of sight (OUT/lightcones), and the power of its
+    fluctuations on the sky at five redshifts, mean of 20 slices (OUT/power)."""
+    cubes = [store.slices(store.names[row], 0, store.T).astype(np.float32) for row in rows]
+    with figure(out / "lightcones", len(rows), figsize=(13, 2.3 * len(rows))) as axes:
         for a, row, cube in zip(axes[:, 0], rows, cubes):
             z = store.redshifts[row, ::-1]
             drawn = a.imshow(cube[::-1, :, 0].T, aspect="auto", cmap=eor_colours(), vmin=-200,
-                             vmax=200, extent=(0, store.T, 0, store.sky * store.cell_sky),
-                             interpolation="nearest")
-            ticks = [t for t in (5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 35) if z[0] - 0.05 <= t <= z[-1]]
+                             vmax=200, extent=(0, store.T, 0, store.sky * store.cell_sky))
+            ticks = [t for t in (5, 6, 7, 8, 10, 12, 15, 20, 25, 30) if z[0] - 0.05 <= t <= z[-1]]
             a.set_xticks(np.interp(ticks, z, np.arange(store.T) + 0.5), ticks)
-            a.set_ylabel("sky [Mpc]")
-            a.set_title(f"{', '.join(PARAMETERS)}: {labels[row]}", fontsize=9)
+            a.set(ylabel="sky [Mpc]", title=f"{', '.join(PARAMETERS)}: {labels[row]}")
         a.set_xlabel("redshift $z$ (bins are equal steps of distance; time runs to the left)")
         a.figure.colorbar(drawn, ax=axes[:, 0], label="$T_b$ [mK]", extend="both")
-
-
-def draw_power(path, store, rows, cubes, labels):
-    """Fluctuations on the sky at five redshifts, mean of 20 slices."""
-    with figure(path, 1, len(rows), figsize=(3.6 * len(rows), 3.6), ) as axes:
+    with figure(out / "power", 1, len(rows), figsize=(3.6 * len(rows), 3.6)) as axes:
         for a, row, cube in zip(axes[0], rows, cubes):
             for i, target in enumerate((7, 9, 12, 16, 20)):
                 centre = int(np.argmin(np.abs(store.redshifts[row] - target)))
                 k, power = power_spectrum(cube[max(0, centre - 10):centre + 10], store.cell_sky)
                 if abs(store.redshifts[row, centre] - target) < 0.5 and power.max() > 1e-2:
                     a.loglog(k, power, color=f"C{i}", label=f"z = {target}")
-            a.set_ylim(bottom=1e-2)
-            a.set_xlabel(r"$k_\perp$ [Mpc$^{-1}$]")
-            a.set_title(f"{', '.join(PARAMETERS)}\n{labels[row]}", fontsize=7)
+            a.set(xlabel=r"$k_\perp$ [Mpc$^{-1}$]", ylabel=r"$k_\perp^2 P / 2\pi$ [mK$^2$]")
+            a.set_title(labels[row], fontsize=7)
             a.legend(fontsize=7)
-        axes[0, 0].set_ylabel(r"$k_\perp^2 P(k_\perp) / 2\pi$ [mK$^2$]")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1586,7 +1586,7 @@ def arguments(argv=None):
         description="Lightcones for the L3M experiments: simulate, convert, inspect.",
         epilog="More at the top of data_lightcone.py.")
     commands = parser.add_subparsers(dest="command", required=True)
-    how = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     s = commands.add_parser("simulate", help="make lightcones, parameters drawn from the priors",
                             **how)
     s.add_argument("-n", type=bounded(int, 1, 10**6), default=1000,
