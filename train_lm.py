@@ -154,12 +154,13 @@ def train(args):
                 for name, (_, held_texts) in held_out.items()}
     model, named = load_model(args, base, dtype, device)
     optimizer = torch.optim.AdamW(named.values(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
-    meter = Meter(model, dtype, device)
+    peak = measured_peak(dtype, device)
     step, best = run.restore(named, optimizer, fingerprint(model))
     stopping = False
     say(run, f"{args.subset}: {len(texts):,} abstracts, {steps:,} steps, from step {step:,} on; "
-             f"{meter.trained:,} trained parameters; {world} x {device.type}, {dtype}\n"
-             f"utilisation: of the {meter.peak / 1e12:.3g} TFLOP/s of a measured matrix product")
+             f"{sum(p.numel() for p in named.values()):,} trained parameters; {world} x "
+             f"{device.type}, {dtype}\n"
+             f"utilisation: of the {peak / 1e12:.3g} TFLOP/s of a measured matrix product")
 
     bar = tqdm(total=steps, initial=step, disable=not run.first, desc=args.subset, unit="step")
     while True:
@@ -188,9 +189,10 @@ def train(args):
                                       what)
         step += 1
         if run.first:
+            speed = throughput(model, mine, len(rows), time.perf_counter() - began, peak)
             record = {"step": step, "epoch": round(step / epoch_steps, 4), "loss": loss,
-                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-            record |= meter.read(mine, len(rows), time.perf_counter() - began)
+                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, **speed,
+                      "memory_gb": round(peak_memory_gb(device), 3)}
             run.log(record)
             bar.set_postfix(epoch=f"{record['epoch']:.2f}", loss=f"{loss:.4f}",
                             tokens_per_s=f"{record['tokens_per_s']:.0f}",
@@ -207,7 +209,6 @@ def train(args):
     say(run, f"{run.out}/adapter is the adapter after step {steps}; lowest validation loss "
              f"{best['validation_loss']:.4f} at step {best['step']}\n"
              f"evaluate: python eval.py perplexity {run.out}")
-    run.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,25 +343,18 @@ def say(run, text):
         print(text, flush=True)
 
 
-class Meter:
-    """How fast a step was, beside what this device can do, and how much memory it took."""
+def throughput(model, mine, batch, seconds, peak):
+    """-> what metrics.jsonl says of the speed of a step, in which this process had `mine`.
 
-    def __init__(self, model, dtype, device):
-        self.config = model.config
-        self.device = device
-        self.frozen = sum(m.in_features * m.out_features for m in model.modules()
-                          if hasattr(m, "in_features"))       # without the embeddings
-        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.peak = measured_peak(dtype, device)
-
-    def read(self, mine, batch, seconds):
-        """-> the record of a step. mine: this process's sequences of a batch of so many."""
-        lengths = [len(sequence) for sequence in mine]
-        tokens = sum(lengths) - len(lengths)                  # BOS is no target
-        flops = step_flops(self.config, self.frozen, self.trained, lengths)
-        return {"tokens_per_s": round(tokens * batch / len(mine) / seconds, 1),       # of all
-                "flop_utilisation": round(flops / seconds / self.peak, 3),
-                "memory_gb": round(peak_memory_gb(self.device), 3)}
+    mine: lists of token ids, of a batch of so many in all. peak: FLOP/s of a matrix product."""
+    lengths = [len(sequence) for sequence in mine]
+    tokens = sum(lengths) - len(lengths)                      # BOS is no target
+    frozen = sum(m.in_features * m.out_features for m in model.modules()
+                 if hasattr(m, "in_features"))                # without the embeddings
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = step_flops(model.config, frozen, trained, lengths)
+    return {"tokens_per_s": round(tokens * batch / len(mine) / seconds, 1),
+            "flop_utilisation": round(flops / seconds / peak, 3)}
 
 
 def measured_peak(dtype, device):
@@ -417,7 +411,8 @@ def start_processes(device="auto"):
 
 
 def end_processes():
-    """Leave torchrun's other processes, after a whole run or a stopped one."""
+    """Leave the run directory and the other processes, after a whole run or a stopped one."""
+    Run.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -890,9 +885,8 @@ def train_base(tokenizer, texts, seconds):
     init_weights(base)
     optimizer = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95))
     bar = tqdm(total=seconds, desc="base", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
-    began = time.time()
     step = 0
-    while time.time() - began < seconds:
+    while bar.n < seconds:
         rows = data_arxiv.batch_rows(len(texts), 8, 0, step)
         sequences = [data_arxiv.encode(tokenizer, texts[r], 0, 1) for r in rows]
         loss = token_nll(base, *data_arxiv.collate(sequences)).mean()
@@ -900,7 +894,7 @@ def train_base(tokenizer, texts, seconds):
         loss.backward()
         optimizer.step()
         step += 1
-        bar.n = min(time.time() - began, seconds)
+        bar.n = min(time.time() - bar.start_t, seconds)
         bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
     return base
