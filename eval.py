@@ -768,9 +768,10 @@ def read_modules(directory):
         if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:
             raise ValueError(f"{', '.join(kinds)}: only Transformer, Pooling and Normalize, in "
                              "this order, are computed here")
-        weights, pooled = [directory / m["path"] for m in modules[:2]]
-        if not {"..", weights.anchor}.isdisjoint(Path(m["path"]).parts for m in modules):
+        places = [Path(m["path"]) for m in modules]
+        if any(place.is_absolute() or ".." in place.parts for place in places):
             raise ValueError("a path leaves the directory")
+    weights, pooled = [directory / place for place in places[:2]]
     text = read_json(weights / "sentence_bert_config.json", {})
     pooling = read_json(pooled / "config.json", {})
     for config in (text, pooling, read_json(directory / "config_sentence_transformers.json", {})):
@@ -1172,7 +1173,7 @@ def rating_page(abstracts, page):
 <p>The beginning of an abstract, then several continuations in random order, TeX as its source. Rate
 each from 1 (worst) to 10 (best): type the number; Tab goes on. What you enter stays in this browser
 until you save it.</p>
-{"".join(body)}
+<main>{"".join(body)}</main>
 <script>{SCRIPT}</script></body></html>
 """
 
@@ -1272,7 +1273,8 @@ def collect(args):
         raise ValueError("these files hold no rating yet")
     best_first = sorted(rows.values(), key=lambda row: -row["measures"].get(
         "rating overall", {"mean": 0})["mean"])
-    report = {"command": "rate", "settings": vars(args), "rows": best_first, "agreement": agreement}
+    report = {"command": "rate", "settings": vars(args), "rows": best_first,
+              "raters": list(raters), "agreement": agreement}
     show(report, [f"rating {c}" for c in CRITERIA], f"human rating by {', '.join(raters)}", 2)
     print("agreement of the raters (Krippendorff's alpha): " + ", ".join(
         f"{c} {'-' if alpha is None else f'{alpha:.3f}'}" for c, alpha in agreement.items()))
@@ -1285,7 +1287,7 @@ def collect(args):
 
 def measured(name, run, completions=None):
     """All that was measured of a model, of a run directory's reports and of those beside a file of
-    completions -> {measure: summary, with "on", what it was measured on}."""
+    completions -> {measure: summary, and "on": what it was measured on}."""
     reports = {Path(run) / "perplexity-16bit.json": "", Path(run) / "perplexity-NF4.json": ", NF4"}
     if completions:
         reports |= {beside(completions, f"{kind}.json"): ""
@@ -1294,7 +1296,8 @@ def measured(name, run, completions=None):
     for path, suffix in reports.items():
         for row in read_report(path)["rows"]:
             if row["name"] == name:
-                found |= {m + suffix: s | {"on": row.get("on")} for m, s in row["measures"].items()}
+                on = row.get("on", Path(completions or path).name)
+                found |= {m + suffix: s | {"on": on} for m, s in row["measures"].items()}
     return found
 
 

