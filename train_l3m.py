@@ -87,7 +87,7 @@ from connectors import (
     gaussian_nll,
     is_words,
 )
-from data_arxiv import batch_rows, bounded, one_line
+from data_arxiv import batch_rows, bounded, one_line, reading
 from data_lightcone import GlobalSignals, SubLightcones
 from model import SHAPES, Decoder, load_config, writing
 
@@ -267,12 +267,14 @@ def choose_lightcones(args, seed, rank, experiment):
     if not args.out or len(args.seeds) > 1:
         out += f"-seed{seed}"
     names = None
-    if rank == 0:
-        if args.resume and (Path(out) / "config.json").exists():
-            names = read_settings(out).get("lightcones")
-        if names is None:
-            names, note = data_lightcone.split_names(args.data, experiment)
-            print(note, flush=True)
+    config = Path(out) / "config.json"
+    if rank == 0 and args.resume and config.exists():
+        with reading(config, f"it is no run of train_l3m.py {args.experiment}: give another --out"):
+            stored = read_settings(out)["lightcones"]
+            names = {split: [*stored[split]] for split in data_lightcone.SPLITS}
+    elif rank == 0:
+        names, note = data_lightcone.split_names(args.data, experiment)
+        print(note, flush=True)
     names = [names]
     if dist.is_initialized():
         dist.broadcast_object_list(names)
