@@ -365,10 +365,10 @@ def available(directory):
     path = Path(directory) / "manifest.json"
     if not path.exists():
         raise ValueError(
-            f"no prepared abstracts in {directory} (no manifest.json): `curl -L -o arxiv.zip https:"
-            "//www.kaggle.com/api/v1/datasets/download/Cornell-University/arxiv` (4.5 GB "
-            "unpacked, no account; version 193 has the paper's splits), unzip it, then `python data_arxiv.py "
-            f"prepare arxiv-metadata-oai-snapshot.json --out {directory}`")
+            f"no prepared abstracts in {directory} (no manifest.json): `curl -L -o arxiv.zip "
+            "https://www.kaggle.com/api/v1/datasets/download/Cornell-University/arxiv` (4.5 GB "
+            "unpacked, no account; version 193 has the paper's splits), unzip it, `python "
+            f"data_arxiv.py prepare arxiv-metadata-oai-snapshot.json --out {directory}`")
     with reading(path, "run prepare again"):
         manifest = json.loads(path.read_text())
         if not isinstance(manifest, dict) or manifest.pop("seal", None) != seal(manifest):

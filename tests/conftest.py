@@ -1,4 +1,5 @@
 """Shared by all tests: the project on the import path, and the real inputs where they are."""
+import contextlib
 import json
 import os
 import subprocess
@@ -98,10 +99,8 @@ def kill_tree(process):
     import psutil
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for p in family:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             p.kill()
-        except psutil.NoSuchProcess:
-            pass
     process.wait()
     psutil.wait_procs(family, timeout=20)
 

@@ -106,7 +106,7 @@ def test_published_set_sizes_of_version_193():
 
 def authors_sets(path, cs_sample):
     """The pipeline and the table of sets once more, straight from the record list, with pandas and datasets. {set: {split: ids}}"""
-    frame = pandas.DataFrame([json.loads(text) for text in open(path)])
+    frame = pandas.DataFrame([json.loads(text) for text in path.read_text().splitlines()])
     frame = frame[~frame["id"].isin(["1804.08625", "1404.0016", "1205.2086", "1209.5915", "1802.05268"])]
     frame["primary"] = frame["categories"].str.split().str[0]
     frame = frame[~frame["comments"].str.contains("withdrawn", case=False, na=False)]
@@ -165,7 +165,7 @@ def test_real_abstracts_id_for_id(tmp_path):
     sizes = {"train": 17_644, "validation": 3_781, "test": 3_781}
     assert manifest["sets"] == {"hep-th": sizes, "s1": sizes}
     assert set(manifest["unavailable"]) == {f"s{i}" for i in range(2, 11)} | {"hep-ph", "gr-qc", "q-bio", "cs", "joint"}
-    frame = pandas.DataFrame([json.loads(text) for text in gzip.open(REAL)])
+    frame = pandas.DataFrame([json.loads(text) for text in gzip.decompress(REAL.read_bytes()).splitlines()])
     frame = frame[~frame["comments"].str.lower().str.contains("withdrawn", na=False) & ~frame["abstract"].str.contains("[wW]ithdrawn")]
     frame["abstract"] = frame["abstract"].str.replace(r"\n\s*", " ", regex=True).str.strip()
     for split, rows in authors_split(Dataset.from_pandas(frame[["id", "abstract"]], preserve_index=False)).items():
@@ -536,7 +536,7 @@ def test_full_disk_and_kill_leave_the_old_state(snapshot, tmp_path, monkeypatch)
     for last in range(4):                                                       # an end at each of the steps that put files in place
         done = []
 
-        def step(source, target):
+        def step(source, target, done=done, last=last):
             if len(done) == last:
                 raise OSError("the end")
             done.append(replace(source, target))
@@ -646,7 +646,7 @@ def test_synthetic_schema_is_the_real_one(snapshot):
     def shape(r):
         return {key: type(value) for key, value in r.items() if value is not None}
 
-    real = [json.loads(text) for text in gzip.open(REAL)][:2000]
+    real = [json.loads(text) for text in gzip.decompress(REAL.read_bytes()).splitlines()][:2000]
     made = [json.loads(text) for text in snapshot.open()]
     assert {tuple(r) for r in made} == {tuple(r) for r in real}                 # keys and their order
     types = {key: kind for r in real for key, kind in shape(r).items()}
