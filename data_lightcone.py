@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -174,6 +175,8 @@ def read_lightcone(path, bins=BINS, cube=True):
     the file is broken, of no known format, unfinished, or made with settings under which the six
     parameters do not mean what they mean here."""
     with reading(path, "if it is truncated or damaged, copy it again") as path:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a directory")
         with open(path, "rb") as f:
             magic = f.read(8)
         if magic.startswith(b"\x89HDF"):
@@ -521,11 +524,14 @@ DATASETS = ("brightness_temp", "global_signal", "redshifts", "history")
 
 
 def save_row(store, name, row):
-    """Add a lightcone (of `make_row`) to a store; one that is there already is left as it is."""
+    """Add a lightcone (of `make_row`) to a store; one that is there already is left as it is.
+
+    HDF5 makes the file in memory: at a full disk it crashes, where a plain write raises."""
     path = Path(store) / f"{name}.h5"
     if path.exists():
         return
-    with writing(path) as temporary, h5py.File(temporary, "w", locking=False) as f:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as f:
         f.attrs["format"] = "nanophys lightcone 2: see the top of data_lightcone.py"
         f.attrs["names"] = PARAMETERS
         for key, value in row.items():
@@ -533,6 +539,8 @@ def save_row(store, name, row):
                 f[key] = value
             else:
                 f.attrs[key] = value
+    with writing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_row(path, signals):
