@@ -689,8 +689,8 @@ AGAIN = "get the checkpoint again (only safetensors are read)"
 def fetch(source, wanted=MODEL_FILES):
     """A directory, or a hub id such as "meta-llama/Llama-3.1-8B" -> a local directory.
 
-    The wanted files are downloaded once per node, with progress: its first process does so, then
-    the others find them there. Raises ValueError in the hub's own words, which say what to do."""
+    The wanted files (patterns; below the top level only where one has a slash) are downloaded once
+    per node, with progress: its first process does so, then the others find them there. Raises ValueError in the hub's own words, which say what to do."""
     if os.path.isdir(source):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -702,7 +702,9 @@ def fetch(source, wanted=MODEL_FILES):
     if distributed and not first:
         torch.distributed.barrier()
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        below = any("/" in name for name in wanted)           # else at the top level only
+        return Path(snapshot_download(source, allow_patterns=wanted,
+                                      ignore_patterns=None if below else ["*/*"]))
     except Exception as e:              # the hub's, the network's and the system's share no type
         raise ValueError(f"{source} cannot be had from the hub: {' '.join(str(e).split())}") from e
     finally:

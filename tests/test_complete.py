@@ -46,7 +46,7 @@ def command(*arguments):
 
 
 def lines(path):
-    return [json.loads(line) for line in open(path)]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_split():
@@ -180,7 +180,7 @@ def test_adapter_directory_works_as_a_run(tiny, run, adapter, tmp_path):
         nano_eval.main(command("perplexity", *what, "--data", tiny[1], "--samples", 6, "--json", tmp_path / "p.json"))
         out = tmp_path / f"c{len(results)}.jsonl"
         nano_eval.main(command("complete", *what, "--data", tiny[1], "--samples", 2, "--max-new-tokens", 8, "--out", out))
-        results.append([json.load(open(tmp_path / "p.json"))["rows"][1], [r["completion"] for r in lines(out)]])
+        results.append([json.loads((tmp_path / "p.json").read_text())["rows"][1], [r["completion"] for r in lines(out)]])
     (of_run, completions), (of_adapter, same) = results
     assert of_adapter["name"] == "peft-style" and of_adapter["values"] == of_run["values"] and same == completions
 
@@ -219,7 +219,7 @@ def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     published = "LLMsForHepth/s3-L-3.1-8B-qkv"
     nano_eval.main(command("perplexity", "--adapter", published, "--data", tiny[1], "--samples", 3, "--json", tmp_path / "p.json"))
-    assert [m["name"] for m in json.load(open(tmp_path / "p.json"))["rows"]] == ["base", published]
+    assert [m["name"] for m in json.loads((tmp_path / "p.json").read_text())["rows"]] == ["base", published]
     assert asked == [(published, ["adapter_config.json", "adapter_model.safetensors"])]
     for source, sentence in (("nobody/nothing", "no connection"), (str(tmp_path), "holds no adapter"),
                              ("./nowhere", "neither a directory nor a hub id")):

@@ -237,7 +237,7 @@ def test_compare(tiny, trained, tmp_path, capsys):
     assert [mean(r) for r in (base, run, twin)] == [mean(r) for r in report]
     assert run["measures"]["semscore"]["mean"] == pytest.approx(0.75) and "semscore" not in twin["measures"]
     assert run["measures"]["rating overall"]["mean"] == 5.5 and "rating overall" not in base["measures"]
-    losses = [json.loads(line).get("validation_loss") for line in open(trained / "metrics.jsonl")]
+    losses = [json.loads(line).get("validation_loss") for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert run["validation loss"] == f"{[x for x in losses if x][-1]:.4f}"
     printed = capsys.readouterr()
     line = next(x for x in printed.out.splitlines() if x.startswith("s1-all"))

@@ -36,7 +36,7 @@ def tiny_encoder(request, tmp_path_factory):
     """(directory, transformers' model) with random weights, position buckets and biases far from zero."""
     from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
     directory = tmp_path_factory.mktemp(request.param)
-    shape = dict(vocab_size=90, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, max_position_embeddings=514)
+    shape = {"vocab_size": 90, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80, "max_position_embeddings": 514}
     torch.manual_seed(0)
     model = BertModel(BertConfig(**shape)) if request.param == "bert" else MPNetModel(MPNetConfig(**shape, layer_norm_eps=1e-5))
     for p in model.parameters():
@@ -152,7 +152,7 @@ def test_real_pairs(minilm, tmp_path):
     source = SHARED / "cases/lm/05_encoder_pooling/abs200.jsonl"
     if not source.exists():
         pytest.skip("needs ../shared/cases, real abstracts")
-    records = sorted(map(json.loads, open(source)), key=lambda r: -len(r["abstract"]))[:24]
+    records = sorted(map(json.loads, source.read_text().splitlines()), key=lambda r: -len(r["abstract"]))[:24]
     halves = [nano_eval.split_abstract(" ".join(r["abstract"].split())) for r in records]
     with open(tmp_path / "c.jsonl", "w") as file:
         for i, (r, (prompt, truth)) in enumerate(zip(records, halves)):
@@ -183,7 +183,7 @@ def test_semscore(tiny_encoder, tmp_path, capsys):
     directory, model = tiny_encoder
     path = completions(tmp_path / "c.jsonl", lambda m, i, truth: " " + truth if m == "tuned" else f" w{i + 7} w3")
     nano_eval.main(["semscore", str(path), "--encoder", str(directory), "--device", "cpu"])
-    base, tuned, floor = json.load(open(tmp_path / "c.semscore.json"))["rows"]
+    base, tuned, floor = json.loads((tmp_path / "c.semscore.json").read_text())["rows"]
     assert tuned["measures"]["semscore"]["mean"] == pytest.approx(1, abs=1e-6) and floor["name"] == "prompt alone"
     encoder = nano_eval.load_encoder(str(directory))
     for i, score in base["values"]["semscore"].items():
@@ -201,7 +201,7 @@ def test_pairwise(tiny, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
     nano_eval.main(["semscore", "--pairwise", "--base", str(tiny[0]), "--data", str(tiny[1]), "--across", "hep-th", "cs", "--samples", "6",
                     "--device", "cpu", "--dtype", "float32", "--json", str(tmp_path / "p.json")])
-    rows = json.load(open(tmp_path / "p.json"))["rows"]
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert [(r["between"], r["n"]) for r in rows] == [("hep-th test - hep-th test", 15), ("hep-th test - cs test", 36), ("cs test - cs test", 15)]
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32), load_tokenizer(str(tiny[0]))
     args = argparse.Namespace(split="test", samples=6, seed=42)
@@ -240,7 +240,7 @@ def test_refusals(tiny, tmp_path, capsys):
 
 
 def test_measures():
-    words = "a b c d a b c e".split()
+    words = list("abcdabce")
     assert nano_eval.entropy(words) == pytest.approx(-sum(p * math.log2(p) for p in (.25, .25, .25, .125, .125)))
     assert nano_eval.entropy([]) == 0 and nano_eval.entropy(["x"] * 9) == 0
     assert nano_eval.distinct(words, 1) == 5 / 8 and nano_eval.distinct(words, 2) == 5 / 7 and nano_eval.distinct(["a"], 2) == 1
@@ -267,7 +267,7 @@ def test_signatures(tmp_path, capsys):
         return " " + truth if model == "tuned" else " " + " ".join(f"u{j}" for j in range(100)) + " loop" * 100 + (" Comments: 3 pages" if i < 5 else "")
     path = completions(tmp_path / "c.jsonl", completion_of)
     nano_eval.main(["signatures", str(path), "--window", "50"])
-    report = json.load(open(tmp_path / "c.signatures.json"))
+    report = json.loads((tmp_path / "c.signatures.json").read_text())
     truth, base, tuned = [{k: v["mean"] for k, v in r["measures"].items()} for r in report["rows"]]
     assert truth == tuned and tuned["length / truth"] == 1 and tuned["metadata"] == 0
     assert base["metadata"] == base["comments"] == 0.25 and base["longest repeat"] == 99 and base["length / truth"] > 30
@@ -277,3 +277,18 @@ def test_signatures(tmp_path, capsys):
     assert all(d["completions"] == 20 for d in drift) and not [d for d in report["drift"] if d["name"] != "base"]
     printed = capsys.readouterr().out
     assert "by windows of 50 words" in printed and "longest repeat" in printed
+
+
+def test_fetched_whole(minilm, monkeypatch):
+    """From the hub an encoder comes with the files of its subdirectories."""
+    import huggingface_hub
+    from fnmatch import fnmatch
+    asked = []
+
+    def snapshot_download(source, allow_patterns, ignore_patterns=None):
+        asked.extend(str(p.relative_to(minilm)) for p in minilm.rglob("*") if any(fnmatch(str(p.relative_to(minilm)), a) for a in allow_patterns)
+                     and not any(fnmatch(str(p.relative_to(minilm)), i) for i in ignore_patterns or []))
+        return str(minilm)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    nano_eval.load_encoder("sentence-transformers/all-MiniLM-L6-v2")
+    assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config.json", "tokenizer.json", "model.safetensors"} <= set(asked)
