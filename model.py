@@ -690,7 +690,8 @@ def fetch(source, wanted=MODEL_FILES):
     """A directory, or a hub id such as "meta-llama/Llama-3.1-8B" -> a local directory.
 
     The wanted files (patterns; below the top level only where one has a slash) are downloaded once
-    per node, with progress: its first process does so, then the others find them there. Raises ValueError in the hub's own words, which say what to do."""
+    per node, with progress: its first process does so, then the others find them there. Raises
+    ValueError in the hub's own words, which say what to do."""
     if os.path.isdir(source):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
