@@ -153,53 +153,54 @@ def train(args):
     held_out = {name: [data_arxiv.encode(tokenizer, text, bos, eos) for text in held_texts]
                 for name, (_, held_texts) in held_out.items()}
     model, named = load_model(args, base, dtype, device)
-    optimizer = torch.optim.AdamW(named.values(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    trained = list(named.values())
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
     peak = measured_peak(dtype, device)
     step, best = run.restore(named, optimizer, fingerprint(model))
     stopping = False
     say(run, f"{args.subset}: {len(texts):,} abstracts, {steps:,} steps, from step {step:,} on; "
-             f"{sum(p.numel() for p in named.values()):,} trained parameters; {world} x "
-             f"{device.type}, {dtype}\n"
+             f"{sum(p.numel() for p in trained):,} trained parameters; {world} x {device.type}, "
+             f"{dtype}\n"
              f"utilisation: of the {peak / 1e12:.3g} TFLOP/s of a measured matrix product")
 
-    bar = tqdm(total=steps, initial=step, disable=not run.first, desc=args.subset, unit="step")
-    while True:
-        # The state reaches the disk before a validation, which takes a while.
-        validating = step in validate_at and not stopping
-        if validating or stopping or step % args.checkpoint_every == 0:
-            run.save(step, best, named, optimizer)
-        if validating:
-            losses = validate(model, held_out, args.micro_batch, rank, world, stop)
-            if losses is None:
-                stopping = True
-            else:
-                best = keep_best(run, bar, model, step, losses, best)
-        if stopping or step == steps:
-            break
+    with tqdm(total=steps, initial=step, unit="step", desc=args.subset,
+              disable=not run.first) as bar:
+        while True:
+            # The state reaches the disk before a validation, which takes a while.
+            validating = step in validate_at and not stopping
+            if validating or stopping or step % args.checkpoint_every == 0:
+                run.save(step, best, named, optimizer)
+            if validating:
+                losses = validate(model, held_out, args.micro_batch, rank, world, stop)
+                if losses is None:
+                    stopping = True
+                else:
+                    best = keep_best(run, bar, model, step, losses, best)
+            if stopping or step == steps:
+                break
 
-        # One update of the adapters, on this process's share of the batch.
-        began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
-        torch.manual_seed(step_seed(args.seed, step, rank))             # for dropout
-        rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
-        mine = [data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in rows[rank::world]]
-        nll = (token_nll(model, *part) for part in micro_batches(mine, args.micro_batch, device))
-        what = f"step {step + 1} (abstracts {', '.join(ids[r] for r in rows)})"
-        loss, norm, stopping = update(list(named.values()), optimizer, nll, 1.0, stop.requested,
-                                      what)
-        step += 1
-        if run.first:
-            speed = throughput(model, mine, len(rows), time.perf_counter() - began, peak)
-            record = {"step": step, "epoch": round(step / epoch_steps, 4), "loss": loss,
-                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, **speed,
-                      "memory_gb": round(peak_memory_gb(device), 3)}
-            run.log(record)
-            bar.set_postfix(epoch=f"{record['epoch']:.2f}", loss=f"{loss:.4f}",
-                            tokens_per_s=f"{record['tokens_per_s']:.0f}",
-                            utilisation=f"{record['flop_utilisation']:.0%}",
-                            memory=f"{record['memory_gb']:.1f}GB", refresh=False)
-            bar.update()
-    bar.close()
+            # One update of the adapters, on this process's share of the batch.
+            began = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
+            torch.manual_seed(step_seed(args.seed, step, rank))             # for dropout
+            rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
+            mine = [data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in rows[rank::world]]
+            parts = micro_batches(mine, args.micro_batch, device)
+            nll = (token_nll(model, *part) for part in parts)
+            what = f"step {step + 1} (abstracts {', '.join(ids[r] for r in rows)})"
+            loss, norm, stopping = update(trained, optimizer, nll, 1.0, stop.requested, what)
+            step += 1
+            if run.first:
+                speed = throughput(model, mine, len(rows), time.perf_counter() - began, peak)
+                record = {"step": step, "epoch": round(step / epoch_steps, 4), "loss": loss,
+                          "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, **speed,
+                          "memory_gb": round(peak_memory_gb(device), 3)}
+                run.log(record)
+                bar.set_postfix(epoch=f"{record['epoch']:.2f}", loss=f"{loss:.4f}",
+                                tokens_per_s=f"{record['tokens_per_s']:.0f}",
+                                utilisation=f"{record['flop_utilisation']:.0%}",
+                                memory=f"{record['memory_gb']:.1f}GB", refresh=False)
+                bar.update()
 
     if stopping:
         return say(run, f"stopped after step {step} of {steps}; go on with --resume")
@@ -213,6 +214,9 @@ def train(args):
 
 # ------------------------------------------------------------------------------------------------
 # What the loop needs
+
+
+ADAPTER = "adapter/adapter_model.safetensors"                 # in a run directory
 
 
 def validation_rows(args, rows):
@@ -248,6 +252,8 @@ def open_run(args, dtype, rank, train_rows, held_out):
     counts = {"train": len(train_rows[0]), "validation": len(held_out["validation_loss"][0])}
     source = data_arxiv.available(args.data)["source"]
     run = Run(args.out, settings, args.resume, rank, {"sources": [source], "counts": counts})
+    if run.state:
+        run.state["finished"] &= (run.out / ADAPTER).is_file()
     if not run.first or (run.state and run.state["finished"]):
         return run
 
@@ -518,7 +524,8 @@ def update(parameters, optimizer, losses, clip, stop=False, what="this step"):
 
 
 PATHS = ("base", "data")                                      # settings that may change: places
-WRITTEN = ("config.json", "rows.npz", "metrics.jsonl", "*.safetensors")
+LEFT = (".config.json.*.tmp", ".rows.npz.*.tmp", ".metrics.jsonl.*.tmp", ".*.safetensors.*.tmp",
+        "adapter*/.adapter_*.tmp")                            # of a kill in the middle of writing
 
 
 class Run:
@@ -547,8 +554,9 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.close()
             Run.held = lock(self.out, "training in")
-            for left in (p for name in WRITTEN for p in self.out.rglob(f".{name}.*.tmp")):
-                left.unlink()                                 # of a kill in the middle of writing
+            for pattern in LEFT:
+                for path in self.out.glob(pattern):
+                    path.unlink()
             found = self.find(resume)
             self.write_config(found[0], data)
         if dist.is_initialized():
@@ -677,10 +685,13 @@ class Run:
         state = {"step": step, "best": best, "fingerprint": self.fingerprint,
                  "finished": finished, "checksum": checksum(tensors)}
         metadata = {"state": json.dumps(state, sort_keys=True)}         # two keys: in random order
-        with writing(self.newest) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-            if self.newest.exists():                          # a kill here leaves the one before
-                os.replace(self.newest, self.previous)
+        try:
+            with writing(self.newest) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+                if self.newest.exists():                      # a kill here leaves the one before
+                    os.replace(self.newest, self.previous)
+        except OSError as e:
+            raise OSError(f"{e}, with --resume") from e
         self.saved = step
 
     @staticmethod
@@ -729,7 +740,7 @@ def read_settings(directory, experiment=None):
     if experiment and kind != experiment:
         command = "perplexity" if kind == "lm" else kind
         raise ValueError(f"{directory} is another experiment's run: use eval.py {command}")
-    result = "adapter/adapter_model.safetensors" if kind == "lm" else "model.safetensors"
+    result = ADAPTER if kind == "lm" else "model.safetensors"
     if experiment and not (directory / result).is_file():
         raise ValueError(f"{directory} has no {result} yet: go on with the training by --resume")
     for key in PATHS:

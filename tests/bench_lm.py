@@ -35,6 +35,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -95,6 +96,14 @@ def clock(device):
     return time.perf_counter()
 
 
+def largest_memory_gb(device):
+    """Peak memory of this process, 10^9 bytes: of the GPU, or the largest resident set, mapped files and all."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def learning_rates(steps):
     """Those of train_lm.py in the first `steps` steps of a run of 100."""
     import train_lm
@@ -104,9 +113,8 @@ def learning_rates(steps):
 
 def result(t, model, device, tokens, seconds, **more):
     """What a timed process says; the first of `tokens` and `seconds` is the warm-up's."""
-    from train_lm import peak_memory_gb
     weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad) + sum(b.nbytes for b in model.buffers())
-    peak = peak_memory_gb(device)
+    peak = largest_memory_gb(device)
     return {"tokens_per_s": sum(tokens[1:]) / sum(seconds[1:]), "peak_memory_gb": peak, "above_weights_gb": peak - weights / 1e9,
             "warm_up_s": seconds[0], **more}
 
@@ -124,36 +132,24 @@ def training_result(t, model, device, seconds, losses):
 
 
 def train_ours(t):
-    """The steps of train_lm.py: abstracts end to end, token_nll, one flat buffer of gradients, clipping, AdamW."""
+    """The steps of train_lm.py: abstracts end to end, token_nll, update()."""
     import torch
     from lora import inject
     from model import load_pretrained, token_nll
+    from train_lm import micro_batches, update
     device, dtype = place(t)
     model = load_pretrained(t.base, quantize=t.quantize, dtype=dtype, device=device)
-    trainable = inject(model, "all", RANK, ALPHA, t.dropout, SEED)
+    inject(model, "all", RANK, ALPHA, t.dropout, SEED)
     model.train()
     model.model.checkpoint_activations = t.checkpoint_activations
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), **ADAMW)
-    flat = torch.zeros(trainable + 1, device=device)
-    for p, gradient in zip(named.values(), flat[:-1].split([p.numel() for p in named.values()])):
-        p.grad = gradient.view_as(p)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **ADAMW)
     losses, seconds = [], []
     for batch, rate in zip(t.batches, learning_rates(len(t.batches))):
         began = clock(device)
-        flat.zero_()
-        count = 0
-        for i in range(0, len(batch), t.micro_batch):
-            ids, lengths = data_arxiv.collate(batch[i:i + t.micro_batch])
-            nll = token_nll(model, ids.to(device), lengths)
-            nll.sum().backward()
-            flat[-1] += nll.detach().sum()
-            count += len(nll)
-        gradient = flat[:-1].div_(count)
-        gradient.mul_(min(1.0, 1.0 / (gradient.norm().item() + 1e-6)))
         optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        losses.append(flat[-1].item() / count)
+        nll = (token_nll(model, *part) for part in micro_batches(batch, t.micro_batch, device))
+        losses.append(update(trained, optimizer, nll, clip=1.0)[0])
         seconds.append(clock(device) - began)
     return training_result(t, model, device, seconds, losses)
 
@@ -389,7 +385,7 @@ def prepare_peer(t):
             for line in snapshot:
                 record = json.loads(line)
                 primary = record["categories"].split()[0]
-                if data_arxiv.group_of(primary) in t.categories and not data_arxiv.withdrawn(record) and record["id"] not in data_arxiv.CONTROL:
+                if data_arxiv.category_of(primary) in t.categories and not data_arxiv.withdrawn(record) and record["id"] not in data_arxiv.CONTROL:
                     out.write(json.dumps({"id": record["id"], "category": primary, "abstract": data_arxiv.clean(record["abstract"])}) + "\n")
                     kept += 1
         return kept

@@ -10,7 +10,7 @@ def test_demo(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train_lm.py", "--demo"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "out" / "demo" / "s1-all"
-    base, tuned = json.loads((run / "perplexity-16bit.json").read_text())["models"]
+    base, tuned = (row["measures"]["perplexity"] for row in json.loads((run / "perplexity-16bit.json").read_text())["rows"])
     assert tuned["high"] < base["low"]                                  # better by more than both intervals
     for part in ("synthetic", "validation_loss", "95% interval", "PROMPT:", "COMPLETION:"):
         assert part in done.stdout

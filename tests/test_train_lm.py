@@ -233,6 +233,9 @@ def test_finished_run_ends_without_its_base(tiny, undisturbed, tmp_path):
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
     done = run([sys.executable, SCRIPT, *flags((tmp_path / "gone", tiny[1]), tmp_path / "run", "--resume")])
     assert "is finished" in done.stdout and before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    shutil.rmtree(tmp_path / "run" / "adapter")                                            # what is missing is made again
+    train_lm.main(flags(tiny, tmp_path / "run", "--resume"))
+    assert equal(adapter(undisturbed), adapter(tmp_path / "run")) and saved(tmp_path / "run")["best"] == saved(undisturbed)["best"]
 
 
 def test_signal_during_a_validation(tiny, undisturbed, tmp_path):
@@ -445,18 +448,20 @@ def test_refusals(tiny, undisturbed, tmp_path, capfd):
         message = error(flag, value)
         assert f"argument {flag}: {value!r} is not" in message and "number" in message
     assert "'lm_head'" in error("--lora", "q_proj,lm_head") and "''" in error("--lora", "q_proj,")
-    assert not (tmp_path / "new" / "rows.npz").exists()
+    assert not list((tmp_path / "new").glob("checkpoint*"))
     with pytest.raises(SystemExit):
         train_lm.main(flags(tiny, tmp_path / "new", "--data", str(tmp_path / "nothing")))
     assert "data_arxiv.py prepare" in capfd.readouterr().err
 
 
 def test_not_finite_loss(tiny, tmp_path):
-    message = refused(sys.executable, SCRIPT, *flags(tiny, tmp_path / "run", "--lr", "1e30", "--max-steps", "5", "--warmup", "0"))
+    message = refused(sys.executable, SCRIPT, *flags(tiny, tmp_path / "run", "--lr", "1e30", "--max-steps", "50", "--warmup", "0"))
     found = re.search(r"loss of step [2-5] \(abstracts (.*)\) is (nan|inf)", message)
     ids = found[1].split(", ")
     assert len(ids) == 6 and set(ids) <= set(data_arxiv.load(tiny[1], "s1", "train")[0])
     assert saved(tmp_path / "run")["step"] < 5
+    message = refused(sys.executable, SCRIPT, *flags(tiny, tmp_path / "other", "--lr", "1e30", "--max-steps", "5", "--warmup", "0"))
+    assert "validation_loss is nan" in message and saved(tmp_path / "other")["step"] == 1
 
 
 def test_disk_full(tiny, tmp_path, capfd):
@@ -465,11 +470,20 @@ def test_disk_full(tiny, tmp_path, capfd):
            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n" \
            f"train_lm.main({flags(tiny, tmp_path / 'run')!r})"
     message = refused(sys.executable, "-c", code)
-    assert "could not be written" in message and "free some space" in message
+    assert "could not be written" in message and "free some space" in message and message.endswith("run this again, with --resume")
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert "config.json" in left and not any(name.endswith(".tmp") for name in left)
     run([sys.executable, SCRIPT, *flags(tiny, tmp_path / "run", "--resume")])
     assert len(losses(tmp_path / "run")) == 14
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 2 on a machine with 1 GPUs: lower --nproc_per_node"):
+        train_lm.start_processes("auto")
 
 
 def test_out_of_memory_names_the_flag(tiny, tmp_path, monkeypatch, capfd):
