@@ -271,10 +271,7 @@ def build_backbone(settings, references, pieces, dtype=None):
     words = {piece: backbone.embed_tokens.weight[rows].clone() for piece, rows in ids.items()}
     del lm, backbone.embed_tokens                     # all that was needed of it are those rows
     backbone.norm.weight.fill_(1.0)
-    if dtype:
-        backbone.to(dtype)
-        words = {piece: rows.to(dtype) for piece, rows in words.items()}
-    return backbone, words, base
+    return backbone.to(dtype), words, base            # None: as it is
 
 
 # ----------------------------------------------------------------------------------- the regressor
@@ -310,7 +307,7 @@ class Regressor(nn.Module):
         self.prefix_length = len(embeds)
         cache = KVCache(self.backbone.config, 1, len(embeds), self.dtype, embeds.device)
         training = self.backbone.training
-        self.backbone.eval()(embeds=embeds[None], cache=cache)
+        self.backbone.eval()(embeds=embeds[None].to(self.dtype), cache=cache)
         self.backbone.train(training)
         self.register_buffer("prefix_k", cache.k, persistent=False)
         self.register_buffer("prefix_v", cache.v, persistent=False)

@@ -350,6 +350,12 @@ def end_run(run, step, steps, best, named, optimizer, stopping):
     return False
 
 
+def name_step(step, names):
+    """What an error calls the step after `step`: its number, and its first twenty lightcones."""
+    more = ", ..." if len(names) > 20 else ""
+    return f"step {step + 1} (lightcones {', '.join(names[:20])}{more})"
+
+
 def cut(items, size):
     """Items in parts of `size`, perhaps none."""
     return [items[i:i + size] for i in range(0, len(items), size)]
@@ -396,39 +402,40 @@ def regress(args, seed, rank, world, device, stop):
             yield gaussian_nll(*regressor.head(hidden), y[rows])
 
     step, best = run.restore(named, optimizer, regressor.fingerprint)
-    bar = start_bar(run, regressor, steps, step)
     stopping = False
-    while True:
-        # The state reaches the disk before a validation, which takes a while.
-        validating = (step % validate_every == 0 or step == steps) and not stopping
-        if validating or stopping or step % args.checkpoint_every == 0:
-            run.save(step, best, named, optimizer)
-        if validating:
-            values = (gaussian_nll(*regressor(held_x[rows]), held_y[rows]) for rows in held_parts)
-            best, stopping = validate(run, regressor, values, stop, step, step / epoch_steps, best)
-        if stopping or step == steps:
-            break
+    with start_bar(run, regressor, steps, step) as bar:
+        while True:
+            # The state reaches the disk before a validation, which takes a while.
+            validating = (step % validate_every == 0 or step == steps) and not stopping
+            if validating or stopping or step % args.checkpoint_every == 0:
+                run.save(step, best, named, optimizer)
+            if validating:
+                values = (gaussian_nll(*regressor(held_x[i]), held_y[i]) for i in held_parts)
+                best, stopping = validate(run, regressor, values, stop, step, step / epoch_steps,
+                                          best)
+            if stopping or step == steps:
+                break
 
-        began = time.perf_counter()
-        rows = batch_rows(samples, args.batch_size, seed, step) % len(x)
-        mine = cut(torch.from_numpy(rows[rank::world]).to(device), micro_batch)
-        what = f"step {step + 1} (lightcones {', '.join(train.names[r] for r in rows)})"
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
-        # First what feeds the backbone, then, on the gradients of the network as it is now, what
-        # reads it: that needs no gradient through the backbone.
-        torch.manual_seed(step_seed(seed, step, rank, 0))     # for dropout
-        loss, norm, stopping = update(first, optimizer, losses(mine, True), CLIP["regress"],
-                                      stop.requested, what)
-        record = {"step": step + 1, "epoch": round((step + 1) / epoch_steps, 4), "loss": loss,
-                  "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-        if second:
-            torch.manual_seed(step_seed(seed, step, rank, 1))
-            _, norm, stopping = update(second, optimizer, losses(mine, False), CLIP["regress"],
-                                       stop.requested, what)
-            record["grad_norm_output"] = norm
-        step += 1
-        record_step(run, args, bar, best, record, len(rows), time.perf_counter() - began, device)
-    bar.close()
+            began = time.perf_counter()
+            rows = batch_rows(samples, args.batch_size, seed, step) % len(x)
+            mine = cut(torch.from_numpy(rows[rank::world]).to(device), micro_batch)
+            what = name_step(step, [train.names[r] for r in rows])
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
+            # First what feeds the backbone, then, with new gradients, what reads it: that needs no
+            # gradient through the backbone.
+            torch.manual_seed(step_seed(seed, step, rank, 0))     # for dropout
+            loss, norm, stopping = update(first, optimizer, losses(mine, True), CLIP["regress"],
+                                          stop.requested, what)
+            record = {"step": step + 1, "epoch": round((step + 1) / epoch_steps, 4), "loss": loss,
+                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            if second:
+                torch.manual_seed(step_seed(seed, step, rank, 1))
+                _, norm, stopping = update(second, optimizer, losses(mine, False), CLIP["regress"],
+                                           stop.requested, what)
+                record["grad_norm_output"] = norm
+            step += 1
+            seconds = time.perf_counter() - began
+            record_step(run, args, bar, best, record, len(rows), seconds, device)
     return end_run(run, step, steps, best, named, optimizer, stopping)
 
 
@@ -490,54 +497,53 @@ def generate(args, seed, rank, world, device, stop):
     held_keys = [(0, int(i)) for i in np.sort(held_rows)[rank::world]]    # the same at each one
 
     def draw(step):
-        """The micro-batches of this process's share, perhaps none. Each seed has its own epochs."""
+        """-> rows of the batch, micro-batches of this process's share of it, perhaps none. Each
+        seed has epochs of its own."""
         epoch = 1_000_000 * seed + step // epoch_steps
         rows = batch_rows(len(train), args.batch_size, seed, step)
         keys = [(epoch, int(i)) for i in rows[rank::world]]
-        return [generator.draw(train, part) for part in cut(keys, args.micro_batch)]
+        return rows, [generator.draw(train, part) for part in cut(keys, args.micro_batch)]
 
     def losses(micro_batches):
         for tensors in micro_batches:
             yield generator(*(t.to(device) for t in tensors))
 
     step, best = run.restore(named, optimizer, generator.fingerprint)
-    bar = start_bar(run, generator, steps, step)
     batches = ahead(draw, range(step, steps))
     waited = 0.0                                              # seconds for data, since `logged`
     logged = time.perf_counter()
     stopping = False
-    while True:
-        validating = (step % validate_every == 0 or step == steps) and not stopping
-        if validating or stopping or step % args.checkpoint_every == 0:
-            run.save(step, best, named, optimizer)
-        if validating:
-            drawn = ahead(partial(generator.draw, held), cut(held_keys, args.micro_batch))
-            best, stopping = validate(run, generator, losses(drawn), stop, step,
-                                      step / epoch_steps, best)
-        if stopping or step == steps:
-            break
+    with start_bar(run, generator, steps, step) as bar:
+        while True:
+            validating = (step % validate_every == 0 or step == steps) and not stopping
+            if validating or stopping or step % args.checkpoint_every == 0:
+                run.save(step, best, named, optimizer)
+            if validating:
+                drawn = ahead(partial(generator.draw, held), cut(held_keys, args.micro_batch))
+                best, stopping = validate(run, generator, losses(drawn), stop, step,
+                                          step / epoch_steps, best)
+            if stopping or step == steps:
+                break
 
-        began = time.perf_counter()
-        micro_batches = next(batches)
-        waited += time.perf_counter() - began
-        rows = batch_rows(len(train), args.batch_size, seed, step)
-        cones = np.searchsorted(train.first, rows, side="right") - 1
-        what = f"step {step + 1} (lightcones {', '.join(train.names[i] for i in cones)})"
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
-        torch.manual_seed(step_seed(seed, step, rank, 0))     # for dropout
-        loss, norm, stopping = update(list(named.values()), optimizer, losses(micro_batches),
-                                      CLIP["generate"], stop.requested, what)
-        step += 1
-        now = time.perf_counter()
-        record = {"step": step, "epoch": round(step / epoch_steps, 4), "loss": loss,
-                  "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm,
-                  "data_wait": round(waited / (now - logged), 4)}
-        if step % args.log_every == 0:
-            waited = 0.0
-            logged = now
-        record_step(run, args, bar, best, record, len(rows), now - began, device)
-    bar.close()
+            began = time.perf_counter()
+            rows, micro_batches = next(batches)
+            waited += time.perf_counter() - began
+            cones = np.searchsorted(train.first, rows, side="right") - 1
+            what = name_step(step, [train.names[i] for i in cones])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, args)
+            torch.manual_seed(step_seed(seed, step, rank, 0))     # for dropout
+            loss, norm, stopping = update(list(named.values()), optimizer, losses(micro_batches),
+                                          CLIP["generate"], stop.requested, what)
+            step += 1
+            now = time.perf_counter()
+            record = {"step": step, "epoch": round(step / epoch_steps, 4), "loss": loss,
+                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm,
+                      "data_wait": round(waited / (now - logged), 4)}
+            if step % args.log_every == 0:
+                waited = 0.0
+                logged = now
+            record_step(run, args, bar, best, record, len(rows), now - began, device)
     return end_run(run, step, steps, best, named, optimizer, stopping)
 
 

@@ -24,7 +24,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -44,25 +43,24 @@ def stopwatch(device):
     return clock, times
 
 
-def fitted(args, settings, model, optimizer, data, loss, clip, device, clock):
-    """Train `model` on the batches `data` by the loop of train_l3m.py -> losses of its steps. clock() is called before each."""
-    import train_l3m
-    def batches(step):
-        for batch in data:
-            clock()
-            yield batch, range(len(batch[0]))
-    with tempfile.TemporaryDirectory() as out:
-        args.out = out
-        run = train_l3m.Run(args, settings, 1000 * args.batch_size, 0, 1, device, train_l3m.StopSignal())
-        stdout, sys.stdout = sys.stdout, sys.stderr
-        train_l3m.fit(run, None, model, optimizer, batches, loss, lambda: clock() or 0.0, clip)
-        sys.stdout = stdout
-        return [r["loss"] for r in map(json.loads, open(Path(out) / "metrics.jsonl")) if "loss" in r]
+def fitted(groups, optimizer, data, losses, clip, micro_batch, clock):
+    """The updates of train_l3m.py on the batches `data`, of each of the `groups` of parameters in turn -> losses of the first, step by step.
+
+    losses(i, micro_batches) yields those of group i. clock() is called before each step and at the end."""
+    from train_l3m import update
+    found = []
+    for batch in data:
+        clock()
+        parts = list(zip(*(t.split(micro_batch or len(t)) for t in batch)))
+        values = [update(group, optimizer, losses(i, parts), clip)[0] for i, group in enumerate(groups)]
+        found.append(values[0])
+    clock()
+    return found
 
 
 def flags(o, experiment, *more):
     return [experiment, "--batch-size", str(o.batch), "--dropout", "0", "--epochs", "1000", "--max-steps", str(o.steps + 1), "--log-every", "1", "--warmup", "0", "--decay", "0",
-            "--checkpoint-every", "100000", *(["--micro-batch", str(o.micro_batch)] if o.micro_batch else []), *more]
+            "--dtype", o.dtype, *(["--micro-batch", str(o.micro_batch)] if o.micro_batch else []), *more]
 
 
 def words_without_tokenizer(pieces):
@@ -98,12 +96,12 @@ def measure_regress(variant, o):
     import train_l3m
     import torch
     import connectors
-    from connectors import PROMPTS, SIGNAL, gaussian_head, gaussian_nll, init_connectors, is_words, seed_of
+    from connectors import NUMBERS, PROMPTS, gaussian_head, gaussian_nll, init_connectors, is_words, seed_of
     from model import load_pretrained
     device, dtype = torch.device(o.device), getattr(torch, o.dtype)
     ids = words_without_tokenizer(zip((p for p in PROMPTS["chat"] if is_words(p)), (8, 6)))
     args = train_l3m.arguments(flags(o, "regress", "--init", "random", "--base", o.shape, "--prompt", "chat", "--lr", "1e-3", "--blocks", str(o.blocks)))
-    settings = train_l3m.run_settings(args, 0, dtype, tokens=47, norm=[0, 1])
+    settings = train_l3m.run_settings(args, 0, device)
     draw = torch.Generator().manual_seed(0)
     data = [(torch.randn(o.batch, 47, generator=draw).to(device), torch.rand(o.batch, 6, generator=draw).to(device)) for _ in range(o.steps + 1)]
     before, (clock, times) = train_l3m.peak_memory_gb(device), stopwatch(o.device)
@@ -111,15 +109,17 @@ def measure_regress(variant, o):
     if variant.startswith("ours"):
         regressor = connectors.build_regressor(settings, device)
         regressor.backbone.checkpoint_activations = "checkpointed" in variant
-        optimizer = torch.optim.AdamW(regressor.trained().values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        named = regressor.train().trained()
+        optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        groups = [[p for name, p in named.items() if name.startswith("output_connector.") == reads] for reads in (False, True)]
 
-        def loss(group, signals, truth):
-            with torch.set_grad_enabled(group == 0):
-                hidden = regressor.hidden(signals)
-            return gaussian_nll(*regressor.head(hidden), truth)
+        def nll(group, micro_batches):
+            for signals, truth in micro_batches:
+                with torch.set_grad_enabled(group == 0):
+                    hidden = regressor.hidden(signals)
+                yield gaussian_nll(*regressor.head(hidden), truth)
 
-        losses = fitted(args, settings, regressor, optimizer, data, loss, train_l3m.CLIP["regress"], device, clock)
-        times = times[1:]                                     # the first is of the validation before the first step
+        losses = fitted(groups, optimizer, data, nll, train_l3m.CLIP["regress"], o.micro_batch, clock)
     else:
         torch.manual_seed(seed_of(0, 0))
         lm = load_pretrained(o.shape, dtype=dtype, random_init=True, blocks=o.blocks)                            # the same random numbers
@@ -136,7 +136,7 @@ def measure_regress(variant, o):
         optimizers = [torch.optim.AdamW(group, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0) for group in groups]
 
         def hidden(signals):
-            pieces = [inputs(signals[..., None]) if p == SIGNAL else (peer.embed_tokens(ids[p].to(device)) if p in ids else token).expand(len(signals), -1, -1)
+            pieces = [inputs(signals[..., None]) if p == NUMBERS else (peer.embed_tokens(ids[p].to(device)) if p in ids else token).expand(len(signals), -1, -1)
                       for p in PROMPTS["chat"]]
             return peer(inputs_embeds=torch.cat([p.to(dtype) for p in pieces], dim=1), use_cache=False).last_hidden_state[:, -1].float()
 
@@ -174,7 +174,7 @@ def our_generator(o):
     shape = ["--init", o.shape] if o.shape in REFERENCES else ["--init", "random", "--base", o.shape, "--blocks", str(o.blocks), "--rank", str(o.rank)]
     args = train_l3m.arguments(flags(o, "generate", *shape, "--lr", "1e-4"))
     train_l3m.check_patch(args, o.sky, o.device)
-    settings = train_l3m.run_settings(args, 0, getattr(torch, o.dtype), T=470, sky=o.sky, usable=1000)
+    settings = train_l3m.run_settings(args, 0, torch.device(o.device), T=470, sky=o.sky)
     return args, settings, build_generator(settings)
 
 
@@ -282,8 +282,9 @@ def measure_training(variant, o):
     optimizer = torch.optim.AdamW([{"params": others, "weight_decay": train_l3m.WEIGHT_DECAY}, {"params": biases, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.999))
     if variant.startswith("ours"):
         generator.backbone.checkpoint_activations = "checkpointed" in variant
-        losses = fitted(args, settings, generator, optimizer, data, lambda group, *batch: generator(*batch), train_l3m.CLIP["generate"], device, clock)
-        times = times[1:]
+        generator.train()
+        losses = fitted([list(named.values())], optimizer, data, lambda _, parts: (generator(*part) for part in parts), train_l3m.CLIP["generate"],
+                        args.micro_batch, clock)
     else:
         del generator
         losses = []
@@ -315,7 +316,7 @@ def measure_generation(variant, o):
     slices, conditions = torch.randn(o.batch, 2, sky, sky, generator=draw).to(device), torch.rand(o.batch, 7, generator=draw).to(device)
     if o.run:
         import data_lightcone
-        data = data_lightcone.SubLightcones(settings["data"], "test")
+        data = data_lightcone.SubLightcones(settings["data"], "test", names=settings["lightcones"])
         windows = [w for w in data.windows() if w[2] == 12]
         drawn = [data.read(row, start, 2) for row, start, _ in (windows[i * len(windows) // o.batch] for i in range(o.batch))]
         slices, conditions = (torch.stack(column).to(device) for column in zip(*drawn))
@@ -330,7 +331,7 @@ def measure_generation(variant, o):
         connectors.sample = counted
         generator.to(device)
         clock()
-        new = list(generator.generate(slices, conditions, n, bins, seeds=range(o.batch), samples=o.samples, window=window, slide=slide, method="dopri5"))
+        new = list(generator.generate(slices, conditions, n, bins, seeds=range(o.batch), samples=o.samples, slide=slide, method="dopri5"))
         clock()
         new = torch.stack(new, dim=2).flatten(0, 1)                                                               # (B*samples, n, X, Y)
         count = torch.cat(evaluations).float().mean().item()
@@ -353,7 +354,7 @@ def measure_generation(variant, o):
                 done = torch.empty(len(draws), sky, sky, device=device)
                 for i in range((sky // p) ** 2):
                     cond = model.condition(model.hidden(pending, cache)[:, -1])
-                    def velocity(t, x):
+                    def velocity(t, x, cond=cond):
                         nonlocal calls
                         calls += 1
                         return model.velocity(x, t.expand(len(x)), cond)

@@ -16,7 +16,7 @@ BLOCKS = 2
 
 
 def settings_of(base, **changes):
-    return dict(experiment="regress", init="pretrained", base=str(base), blocks=None, prompt="minimal", seed=0, dropout=0.0, causal=True, dtype="float32") | changes
+    return {"experiment": "regress", "init": "pretrained", "base": str(base), "blocks": None, "prompt": "minimal", "seed": 0, "dropout": 0.0, "causal": True, "dtype": "float32"} | changes
 
 
 def gaussian(n, seed=0):
@@ -196,8 +196,9 @@ def test_load_regressor(chatty, tmp_path):
     regressor = build_regressor(settings)
     for p in regressor.trained().values():
         p.data.add_(0.1)
-    save = lambda **more: save_file({k: v.detach().contiguous() for k, v in regressor.trained().items()}, tmp_path / "model.safetensors",
-                                    metadata={"state": json.dumps({"fingerprint": regressor.fingerprint} | more)})
+    def save(**more):
+        return save_file({k: v.detach().contiguous() for k, v in regressor.trained().items()}, tmp_path / "model.safetensors",
+                                        metadata={"state": json.dumps({"fingerprint": regressor.fingerprint} | more)})
     save()
     loaded, signals = load_regressor(tmp_path), torch.randn(4, 47)
     assert all(torch.equal(a, b) for a, b in zip(loaded(signals), regressor(signals))) and loaded.settings == settings and not loaded.training

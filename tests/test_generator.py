@@ -207,7 +207,7 @@ def test_loss_is_that_of_the_patches_from_the_third_slice_on():
 
 
 def run(generator, context, conditions, n, **kwargs):
-    kwargs = dict(bins=100, method="midpoint", steps=3) | kwargs
+    kwargs = {"bins": 100, "method": "midpoint", "steps": 3} | kwargs
     return torch.stack(list(generator.generate(context, conditions, n, **kwargs)), dim=2)       # (B, samples, n, X, Y)
 
 
@@ -263,7 +263,7 @@ def test_a_slide_that_does_not_fit_the_window_is_refused():
 # ------------------------------------------------------------------------------------------------------------ build and load
 
 
-SETTINGS = dict(experiment="generate", init="small", base="none", blocks=None, tune="full", rank=2, patch=14, seed=3, dropout=0.01, dtype="float32")
+SETTINGS = {"experiment": "generate", "init": "small", "base": "none", "blocks": None, "tune": "full", "rank": 2, "patch": 14, "seed": 3, "dropout": 0.01, "dtype": "float32"}
 
 
 def write_run(directory, settings, generator):
@@ -297,7 +297,7 @@ def test_reference_builds_from_its_seed_alone_and_loads(tmp_path):
 
 @pytest.mark.parametrize("init, tune", [("pretrained", "lora"), ("random", "lora"), ("pretrained", "full")])
 def test_language_model_backbone(smollm2, tmp_path, init, tune):
-    settings = SETTINGS | dict(init=init, tune=tune, base=str(smollm2), blocks=2, dtype="bfloat16")
+    settings = SETTINGS | {"init": init, "tune": tune, "base": str(smollm2), "blocks": 2, "dtype": "bfloat16"}
     generator = build_generator(settings)
     assert not hasattr(generator.backbone, "embed_tokens")
     words = connectors.encode_words(str(smollm2), GENERATION_WORDS)
