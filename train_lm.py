@@ -524,6 +524,7 @@ def update(parameters, optimizer, losses, clip, stop=False, what="this step"):
 
 
 PATHS = ("base", "data")                                      # settings that may change: places
+ADAMW = ("step", "exp_avg", "exp_avg_sq")                     # what torch keeps of each parameter
 LEFT = (".config.json.*.tmp", ".rows.npz.*.tmp", ".metrics.jsonl.*.tmp", ".*.safetensors.*.tmp",
         "adapter*/.adapter_*.tmp")                            # of a kill in the middle of writing
 
@@ -631,14 +632,14 @@ class Run:
                 raise ValueError(f"{self.out} was trained on another base than "
                                  f"{self.settings.get('base')} is: resume with that one, or choose "
                                  "another --out")
-            with reading(self.checkpoint, "is it of another run?"):
-                tensors, _ = read_checkpoint(self.checkpoint)
-                for name, p in named.items():
-                    p.copy_(tensors.pop(name))
-                for key, value in tensors.items():
-                    name, _, part = key.rpartition("/")
-                    device = named[name].device if value.dim() else "cpu"
-                    optimizer.state[named[name]][part] = value.to(device)
+            tensors, _ = read_checkpoint(self.checkpoint)
+            for name, p in named.items():
+                if name not in tensors or tensors[name].shape != p.shape:
+                    raise ValueError(f"{self.checkpoint} is of another run: {name} does not fit")
+                p.copy_(tensors[name])
+                for key in tensors.keys() & {f"{name}/{part}" for part in ADAMW}:
+                    device = p.device if tensors[key].dim() else "cpu"
+                    optimizer.state[p][key.rpartition("/")[2]] = tensors[key].to(device)
         if self.first:
             self.cut_metrics(step)
         return step, best
@@ -682,8 +683,8 @@ class Run:
             for part, value in optimizer.state[p].items():
                 tensors[f"{name}/{part}"] = value
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        state = {"step": step, "best": best, "fingerprint": self.fingerprint,
-                 "finished": finished, "checksum": checksum(tensors)}
+        state = {"step": step, "best": best, "fingerprint": self.fingerprint, "finished": finished}
+        state["checksum"] = checksum(state, tensors)
         metadata = {"state": json.dumps(state, sort_keys=True)}         # two keys: in random order
         try:
             with writing(self.newest) as temporary:
@@ -702,9 +703,9 @@ class Run:
             Run.held = None
 
 
-def checksum(tensors):
-    """crc32 of the bytes of {name: CPU tensor}, in the order of the names."""
-    crc = 0
+def checksum(state, tensors):
+    """crc32 of JSON and of the bytes of {name: CPU tensor}, in the order of the names."""
+    crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
@@ -716,7 +717,7 @@ def read_checkpoint(path):
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}      # noqa: SIM118
-        if checksum(tensors) != state["checksum"]:
+        if state.pop("checksum") != checksum(state, tensors):
             raise ValueError("its numbers are not those that were written")
     return tensors, state
 
@@ -735,7 +736,7 @@ def read_settings(directory, experiment=None):
     with reading(path, "give the --out of train_lm.py or train_l3m.py"):
         config = json.loads(path.read_text())
         settings = dict(config["settings"])
-        was = config["directory"]
+        was = str(config["directory"])
     kind = settings.get("experiment", "lm")
     if experiment and kind != experiment:
         command = "perplexity" if kind == "lm" else kind

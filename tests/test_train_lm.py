@@ -295,11 +295,11 @@ def damage_whole(path, how):
     else:
         half = len(data) // 2
         path.write_bytes({"cut off": data[:-9], "empty": b"", "garbage": b"\x93garbage" * 999, "header only": data[:2000],
-                          "zeros at the end": data[:-4000] + bytes(4000), "a flipped bit": data[:half] + bytes([data[half] ^ 1]) + data[half + 1:],
+                          "zeros at the end": data[:-4000] + bytes(4000), "another step": data.replace(b'step\\": 14', b'step\\": 13'), "a flipped bit": data[:half] + bytes([data[half] ^ 1]) + data[half + 1:],
                           "an adapter": (path.parent / "adapter-best" / "adapter_model.safetensors").read_bytes()}[how])
 
 
-@pytest.mark.parametrize("how", ["cut off", "empty", "garbage", "header only", "zeros at the end", "a flipped bit", "an adapter", "a directory"])
+@pytest.mark.parametrize("how", ["cut off", "empty", "garbage", "header only", "zeros at the end", "a flipped bit", "another step", "an adapter", "a directory"])
 def test_damaged_checkpoint(how, tiny, undisturbed, stopped, capfd):
     """It is named and put aside, the one before is used; without one before it: one line."""
     damage_whole(stopped / "checkpoint.safetensors", how)
