@@ -194,7 +194,7 @@ def merge(model):
 
 
 @torch.no_grad()
-def save_merged(base, adapter, directory, dtype=torch.bfloat16):
+def save_merged(base, adapter, directory, dtype=torch.bfloat16, shard_bytes=5 * 10 ** 9):
     """Write the base with the adapter merged in as a whole model, tensor by tensor.
 
     base: a directory or hub id; adapter, directory: directories that exist (see
@@ -214,7 +214,7 @@ def save_merged(base, adapter, directory, dtype=torch.bfloat16):
         layer = layers.get(name.removesuffix(".weight"))
         return weight if layer is None else merged_weight(layer, weight)
 
-    write_checkpoint(Path(directory), model.config, tensors, merged)
+    write_checkpoint(Path(directory), model.config, tensors, merged, shard_bytes)
 
 
 def save_adapter(model, directory, base=None):

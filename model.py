@@ -253,8 +253,9 @@ def checked_config(raw, rope, llama3, where):
     groups = number("num_key_value_heads", heads)
     size = number("head_dim", hidden // heads)
     if heads % groups or size % 2 or (hidden % heads and not raw.get("head_dim")):
-        raise ValueError(f"{where}: {heads} query heads (num_attention_heads) are no multiple of "
-                         f"{groups} key-value heads, or do not divide {hidden}, or are of odd size")
+        raise ValueError(f"{where}: num_attention_heads {heads} is no multiple of "
+                         f"num_key_value_heads {groups}, does not divide hidden_size {hidden}, or "
+                         f"head_dim {size} is odd")
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ValueError(f"{where}: tie_word_embeddings is {tied!r}; it must be true or false")

@@ -8,8 +8,7 @@ earlier one in the high nibble.
 That leaves one float32 absmax for 64 weights, half a bit a weight. Double quantisation stores them
 in 8 bits as well: their mean ("offset") is subtracted, and blocks of 256 of what remains are
 divided by their own maximum ("nested_absmax") and rounded to one of the 256 levels of the dynamic
-map
-(arXiv:1511.04561), a small floating point format with a flexible exponent. Together:
+map (arXiv:1511.04561), a small floating point format with a flexible exponent. Together:
 
     4 bits + 8/64 + 32/(64*256) = 4.127 bits a weight
     w ~ NF4[code] * (DYNAMIC[absmax] * nested_absmax + offset)
