@@ -989,9 +989,8 @@ def make_sparse_store(path, n, T=2350, sky=140):
             for key, value in row.items():
                 if key in dl.DATASETS[1:]:
                     f[key] = value
-                elif key != "brightness_temp":
-                    f.attrs[key] = value
-            f.attrs.update(parameters=p, seed=i, passed=True, signal_end=T)
+            about = {k: v for k, v in row.items() if k not in dl.DATASETS} | dict(parameters=p, seed=i, passed=True, signal_end=T)
+            f.attrs["about"] = json.dumps(about, default=lambda number: number.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------ inspect
