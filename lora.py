@@ -302,12 +302,12 @@ def load_adapter(model, directory):
                    and (only is None or int(name.split(".")[2]) in only)]
     tensors = read_adapter_tensors(directory)
     expected = {f"{PREFIX}{name}.lora_{which}.weight" for name in targets for which in "AB"}
-    for names, what in ((tensors.keys() - expected, "holds {}, which no target_modules asks for"),
-                        (expected - tensors.keys(), "lacks {}, which its target_modules ask for")):
-        if names or not tensors:
-            what = what.format(", ".join(sorted(names)[:3]))
-            raise ValueError(f"the adapter in {directory} {what} ({len(names)} in all); is it for "
-                             "another base?")
+    lacking = sorted(expected - tensors.keys())
+    others = sorted(tensors.keys() - expected)
+    if lacking or others or not tensors:
+        raise ValueError(f"the adapter in {directory} lacks {len(lacking)} tensors that its "
+                         f"target_modules ask for {lacking[:2]} and holds {len(others)} others "
+                         f"{others[:2]}; is it for another base?")
     for name in targets:
         A, B = (tensors[f"{PREFIX}{name}.lora_{which}.weight"] for which in "AB")
         rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))

@@ -1,4 +1,5 @@
 """lora.py against the peft library."""
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora
-from lora import adapted, inject, load_adapter, merge, save_adapter
-from model import SHAPES, CausalLM, load_pretrained
+from lora import adapted, inject, load_adapter, merge, save_adapter, save_merged
+from model import SHAPES, CausalLM, load_pretrained, new_directory, save_pretrained
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -110,7 +111,7 @@ def test_bad_input(base, tmp_path):
     model = ours(base)
     with pytest.raises(ValueError, match="'w_proj'.*down_proj"):
         inject(model, ["q_proj", "w_proj"])
-    with pytest.raises(ValueError, match="holds no adapter"):
+    with pytest.raises(ValueError, match="adapter_config.json: is not there; it must be a LoRA adapter"):
         load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapter(model, tmp_path)
@@ -119,7 +120,7 @@ def test_bad_input(base, tmp_path):
         inject(model, "qkv")
     save_adapter(model, tmp_path)
     config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
-    for change in ({"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"peft_type": "IA3"}):
+    for change in ({"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"peft_type": "IA3"}):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match="only plain LoRA"):
             load_adapter(ours(base), tmp_path)
@@ -132,8 +133,109 @@ def test_bad_input(base, tmp_path):
     with pytest.raises(ValueError, match="another base"):
         load_adapter(ours(base), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors: Error.*; save or get the adapter again"):
         load_adapter(ours(base), tmp_path)
+
+
+def plain(base, directory, **options):
+    """An adapter that peft made, with a B that matters -> (peft's model, directory)."""
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"], **options}))
+    randomise(theirs)
+    theirs.eval().save_pretrained(directory)
+    return theirs
+
+
+@pytest.mark.parametrize("options", [
+    {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3}}, {"layers_to_transform": [1]}, {"layers_to_transform": 0},
+    {"exclude_modules": ["model.layers.0.mlp.up_proj"]}, {"exclude_modules": r".*\.1\..*"}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": False}, {"target_modules": r".*layers\.[01]\.mlp\.(up|down)_proj"}, {"target_modules": ["q_proj", "not_of_this_model"]}])
+def test_variants_that_are_computed(base, tmp_path, options):
+    """Everything that peft writes about them, read and computed as peft does."""
+    theirs, model = plain(base, tmp_path, **options), ours(base)
+    load_adapter(model, tmp_path)
+    assert (model(IDS) - theirs(IDS).logits).abs().max() < 1e-5 < (model(IDS) - ours(base)(IDS)).abs().max()
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_init_that_changes_the_base(base, tmp_path, init):
+    plain(base, tmp_path, init_lora_weights=init)
+    with pytest.raises(ValueError, match=f"adapter_config.json: init_lora_weights '{init}' changes the base.*path_initial_model_for_weight_conversion"):
+        load_adapter(ours(base), tmp_path)
+
+
+def test_every_field_of_peft_is_known(base, tmp_path):
+    """Each field of LoraConfig is computed, harmless, or refused where it is set to other than peft's default."""
+    plain(base, tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    for key in sorted({f.name for f in dataclasses.fields(LoraConfig)} - lora.COMPUTED - lora.HARMLESS - {"runtime_config"}):
+        assert not saved[key], key                                                        # unset is falsy, so it passes
+        (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {key: [3, 5]}))
+        with pytest.raises(ValueError, match=f"{key} is set"):
+            load_adapter(ours(base), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"of_a_later_peft": None, "another": {}, "switch": False, "count": 0}))
+    load_adapter(ours(base), tmp_path)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"r": 8}, "rank 4, adapter_config.json says 8"), ({"r": "4"}, "says 4"), ({"lora_alpha": "16"}, "lora_alpha"), ({"lora_alpha": float("nan")}, "lora_alpha"), ({"lora_alpha": True}, "lora_alpha"),
+    ({"lora_dropout": 1.0}, "lora_dropout 1.0"), ({"lora_dropout": "0"}, "lora_dropout '0'"), ({"target_modules": ["q_proj"]}, "holds 4 others .*up_proj.lora_A.weight"),
+    ({"target_modules": ["q_proj", "up_proj", "k_proj"]}, "lacks 4 .*k_proj.lora_A.weight"), ({"target_modules": ["q_proj", "up_proj", "lm_head"]}, "it adapts lm_head"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "it adapts model.embed_tokens"), ({"target_modules": "("}, "adapter_config.json"), ({"target_modules": None}, "holds 8 others"),
+    ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is set"), ({"rank_pattern": {"q_proj": 2}}, "says 2"), ({"modules_to_save": ["lm_head"]}, "modules_to_save is set")])
+def test_config_unlike_the_tensors(base, tmp_path, change, named):
+    plain(base, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=named) as error:
+        load_adapter(ours(base), tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tensors_unlike_the_config(base, tmp_path):
+    plain(base, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if "lora_B" in k)
+    nan = tensors[key].clone()
+    nan[0, 0] = float("nan")
+    for wrong, named in (({}, "lacks 8"), ({k: v for k, v in tensors.items() if k != key}, rf"lacks 1 .*\['{key}'\]"), ({k: v for k, v in tensors.items() if "layers.0" in k}, "lacks 4 .*layers.1"),
+                         (tensors | {key: nan}, f"{key} holds NaN"), (tensors | {"base_model.model.lm_head.weight": nan.nan_to_num()}, "holds 1 others .*base_model.model.lm_head.weight"),
+                         (tensors | {key: tensors[key].int()}, "no floating point")):
+        save_file(wrong, path)
+        with pytest.raises(ValueError, match=named):
+            load_adapter(ours(base), tmp_path)
+    path.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.safetensors: is not there; adapter_model.bin is a pickle.*save_pretrained"):
+        load_adapter(ours(base), tmp_path)
+
+
+def test_the_head_is_not_adapted(base):
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(ValueError, match=f"no linear layer that can be adapted is named '{name}'"):
+            inject(ours(base), ["q_proj", name])
+
+
+@torch.no_grad()
+def test_merged_on_disk(base, tmp_path):
+    """save_merged writes, bit for bit, what loading, merging and saving gives; a base with links out of it is refused."""
+    theirs = plain(base, tmp_path / "adapter", use_rslora=True)
+    model = load_pretrained(str(base))
+    load_adapter(model, tmp_path / "adapter")
+    merge(model)
+    save_pretrained(model, tmp_path / "held", 20_000)
+    with new_directory(tmp_path / "streamed") as temporary:
+        save_merged(str(base), tmp_path / "adapter", temporary, shard_bytes=20_000)
+    files = sorted(p.name for p in (tmp_path / "held").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "streamed").iterdir()) and len(files) > 4
+    assert all((tmp_path / "held" / f).read_bytes() == (tmp_path / "streamed" / f).read_bytes() for f in files)
+    opened = LlamaForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
+    assert (opened(IDS).logits - theirs(IDS).logits).abs().max() < 0.05                   # bfloat16
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (linked / file).symlink_to(base / file)
+    with pytest.raises(ValueError, match="is a link that leaves its directory"):
+        save_merged(str(linked), tmp_path / "adapter", tmp_path)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.6])

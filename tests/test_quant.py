@@ -141,6 +141,39 @@ def test_without_triton():
     subprocess.run([sys.executable, "-c", code], cwd=Path(quant.__file__).parent, check=True)
 
 
+def test_triton_that_does_not_work(monkeypatch, capsys):
+    """Where the first launch fails (no C compiler, no Python.h) one warning is printed and the plain path taken, once for all."""
+    def launch(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+    real = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: real(size))
+    monkeypatch.setattr(quant, "dequantize_triton", launch)
+    quant.triton_works.cache_clear()
+    assert [quant.triton_works(), quant.triton_works()] == [False, False]
+    assert capsys.readouterr().err.startswith("warning: Triton does not work here (Failed to find C compiler.)")
+    quant.triton_works.cache_clear()
+
+
+def test_damaged_bitsandbytes_tensors():
+    """Every tensor of a serialised weight that is missing, of another size or kind, or not finite is refused with the weight's name."""
+    packed, state = bnb.quantize_4bit(torch.randn(200, 100), blocksize=64, compress_statistics=True, quant_type="nf4")
+    good = {"": packed} | {k.removeprefix("."): v for k, v in state.as_dict(packed=True).items()}
+    expected = quantize_nf4(bnb.dequantize_4bit(packed, state))
+    q = quant.from_bitsandbytes(good, "w")
+    assert torch.equal(q.packed, expected.packed) and q.shape == (200, 100) and q.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(quant.from_bitsandbytes(good | {"": packed.view(-1).view(dtype).view(-1, 1)}, "w").packed, q.packed)
+    nan = good["nested_absmax"].clone()
+    nan[0] = float("nan")
+    damaged = [{k: v for k, v in good.items() if k != key} for key in good]
+    damaged += [good | {"": packed[:-1]}, good | {"absmax": good["absmax"].float()}, good | {"absmax": good["absmax"][1:]}, good | {"nested_absmax": nan},
+                good | {"nested_absmax": good["nested_absmax"].double()}, good | {"quant_map": good["quant_map"].flip(0)}, good | {"nested_quant_map": torch.zeros(3)},
+                good | {"quant_state.bitsandbytes__nf4": torch.tensor([1, 2, 3], dtype=torch.uint8)}]
+    for tensors in damaged:
+        with pytest.raises(ValueError, match="^w"):
+            quant.from_bitsandbytes(tensors, "w")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda():
     torch.manual_seed(0)
