@@ -269,10 +269,9 @@ def test_paths_may_change(chatty, signals, tmp_path):
     here = tmp_path / "a"
     more = ["--max-steps", "6"]
     train_l3m.main(flags(chatty, signals, tmp_path / "whole", *more))
-    with pytest.raises(SystemExit):                           # stopped half-way
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(train_l3m, "record_step", lambda *a: (_ for _ in ()).throw(OSError("stopped")))
-            train_l3m.main(flags(here / "base", here / "signals.npz", here / "run", *more))
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as m:                       # stopped half-way
+        m.setattr(train_l3m, "record_step", lambda *a: (_ for _ in ()).throw(OSError("stopped")))
+        train_l3m.main(flags(here / "base", here / "signals.npz", here / "run", *more))
     os.rename(here, tmp_path / "b")
     here = tmp_path / "b"
     train_l3m.main(flags(here / "base", here / "signals.npz", here / "run", *more, "--resume"))
