@@ -379,10 +379,12 @@ def unpatch(patches):
 class Generator(nn.Module):
     """backbone: a Decoder of which `choose_trained` has said what is trained. words: {piece of the
     prompt: (n, C) embeddings}, none for the references. dtype: what the backbone computes in;
-    connectors, final norm and velocity network are float32."""
+    connectors, final norm and velocity network are float32. velocity: width and inner width of that
+    network, where they are not the paper's; velocity_dtype: what it is trained in."""
     trained = trained_parameters
 
-    def __init__(self, backbone, words, patch_size=14, dtype=torch.float32, seed=0):
+    def __init__(self, backbone, words, patch_size=14, dtype=torch.float32, seed=0, velocity=(),
+                 velocity_dtype=torch.float32):
         super().__init__()
         C = backbone.config.hidden_size
         p = patch_size
@@ -395,7 +397,8 @@ class Generator(nn.Module):
         self.output_connector = nn.Linear(C, 2 * p * p)
         pieces = [piece for piece in GENERATION_PROMPT if piece in words or not is_words(piece)]
         place_prompt(self, pieces, words, (ROW_END, SLICE_END))
-        self.velocity = VelocityCNN()
+        self.velocity = VelocityCNN(2, *velocity)
+        self.velocity_dtype = velocity_dtype
         if not self.index_connector.weight.is_meta:
             connectors = [self.patch_connector, *self.parameter_connectors, self.index_connector,
                           self.output_connector]
@@ -455,7 +458,9 @@ class Generator(nn.Module):
         x = patch(slices[:, GIVEN:], self.p).reshape(-1, 1, self.p, self.p)
         noise = None if noise is None else noise.reshape(x.shape)
         t = None if t is None else t.flatten()
-        losses = cfm_loss(self.velocity, x, cond, noise, t)
+        low = self.training and self.velocity_dtype != torch.float32
+        with torch.autocast(x.device.type, self.velocity_dtype) if low else nullcontext():
+            losses = cfm_loss(self.velocity, x, cond, noise, t)
         return losses.view(len(slices), -1).mean(1)                   # (B*(S - 2)*R*K,) -> (B,)
 
     def draw(self, data, keys):
@@ -569,7 +574,8 @@ def choose_trained(backbone, tune, rank, seed=0):
 def build_generator(settings, device="cpu", dtype=None):
     """The network of a run before training, in eval mode.
 
-    settings: init, base, blocks, tune, rank, patch, seed, dropout, dtype. What is random depends on
+    settings: init, base, blocks, tune, rank, patch, seed, dropout, dtype; perhaps velocity, a width
+    and an inner width, and velocity_dtype. What is random depends on
     the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device. dtype: what
     the backbone computes in, default settings["dtype"]. Raises ValueError for a base that cannot be
     loaded or does not know the words of the prompt."""
@@ -583,7 +589,9 @@ def build_generator(settings, device="cpu", dtype=None):
         backbone, words, base = build_backbone(settings, GENERATION_REFERENCES, GENERATION_WORDS,
                                                dtype)
         choose_trained(backbone, settings["tune"], settings["rank"], seed_of(seed, 2))
-        generator = Generator(backbone, words, settings["patch"], computed, seed_of(seed, 1))
+        trained_in = getattr(torch, settings.get("velocity_dtype", "float32"))
+        generator = Generator(backbone, words, settings["patch"], computed, seed_of(seed, 1),
+                              settings.get("velocity", ()), trained_in)
     generator.settings = settings
     generator.fingerprint = base
     return generator.to(device).eval()
@@ -607,7 +615,9 @@ def load_run(directory, experiment, build, settings, device, dtype):
             raise ValueError(f"is of train_l3m.py {settings['experiment']}, not of {experiment}")
         if not weights.exists():
             raise ValueError(f"there is no {weights.name} yet: go on with --resume")
-        choices = {"init": INITS, "dtype": ("bfloat16", "float32"), "causal": (True, False)}
+        dtypes = ("bfloat16", "float32")
+        choices = {"init": INITS, "causal": (True, False), "dtype": dtypes,
+                   "velocity_dtype": dtypes}
         for name in choices.keys() & settings.keys():
             if settings[name] not in choices[name]:
                 raise ValueError(f"{name} {settings[name]!r} is none of {choices[name]}")

@@ -131,6 +131,11 @@ def arguments(argv=None):
                                              "has 8)")
     add("--patch", type=bounded(int, 2), default=14,
         help="side of a patch in cells; must divide the side of the slices")
+    add("--velocity", type=bounded(int, 1, 4096), nargs=2, metavar=("WIDTH", "INNER"),
+        default=[64, 128], help="channels of the velocity network, between and inside its blocks")
+    add("--velocity-dtype", choices=["auto", "bfloat16", "float32"], default="float32",
+        help="what the velocity network is trained in (sampling and validation: float32); auto: "
+             "bfloat16 where it is fast")
     add("--eval-samples", type=bounded(int, 0), default=1024,
         help="sublightcones of a validation; 0: all")
     shared_flags(g, f"sublightcones ({WINDOW} slices)", batch=64, epochs="20", warmup=1, decay=2,
@@ -228,7 +233,9 @@ def run_settings(args, seed, device, **data):
     if args.experiment == "regress":
         kept += ["prompt", "duplicate", "causal"]
     else:
-        kept += ["tune", "rank", "patch", "eval_samples"]
+        kept += ["tune", "rank", "patch", "velocity", "eval_samples"]
+        velocity_dtype = resolve_dtype(args.velocity_dtype, device)
+        data["velocity_dtype"] = str(velocity_dtype).removeprefix("torch.")
     settings = {name: getattr(args, name) for name in kept}
     settings |= {"base": args.base, "data": os.path.abspath(args.data), "seed": seed,
                  "dtype": str(resolve_dtype(args.dtype, device)).removeprefix("torch."), **data}
@@ -575,7 +582,7 @@ def estimate(args, device, dtype, sky):
             inputs = [torch.empty(rows, TOKENS_A_SIGNAL)]
         else:
             choose_trained(backbone, args.tune, args.rank)
-            network = Generator(backbone, words, args.patch, dtype)
+            network = Generator(backbone, words, args.patch, dtype, velocity=args.velocity)
             patches = (rows, WINDOW - 2, (sky // args.patch) ** 2)
             inputs = [torch.empty(rows, WINDOW, sky, sky), torch.empty(rows, 7),
                       torch.empty(*patches, args.patch, args.patch), torch.empty(patches)]

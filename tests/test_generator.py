@@ -137,6 +137,28 @@ def test_bfloat16_backbone_computes_what_float32_does():
     assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
 
 
+def test_velocity_network_of_another_size_trained_in_bfloat16(tmp_path):
+    """The size is the run's; in training its convolutions are rounded to bfloat16, in validation and sampling nothing is."""
+    settings = SETTINGS | {"velocity": [16, 24], "velocity_dtype": "bfloat16"}
+    low, full = build_generator(settings), build_generator(settings | {"velocity_dtype": "float32"})
+    assert low.velocity.first.weight.shape == (16, 4, 3, 3) and low.velocity.blocks[0][0].weight.shape == (24, 16, 3, 3)
+    batch = *lightcones(2, 4, 28, 28), torch.randn(2, 2, 4, 14, 14), torch.rand(2, 2, 4)
+    assert torch.equal(low(*batch), full(*batch))
+    low.backbone.config.attention_dropout = full.backbone.config.attention_dropout = 0.0
+    one, two = low.train()(*batch), full.train()(*batch)
+    assert one.dtype == torch.float32 and not torch.equal(one, two)
+    torch.testing.assert_close(one, two, rtol=1e-2, atol=0)
+    one.sum().backward()
+    two.sum().backward()
+    for (name, a), b in zip(low.trained().items(), full.trained().values()):
+        assert a.grad.dtype == torch.float32 and (a.grad - b.grad).norm() < 0.1 * b.grad.norm(), name
+    write_run(tmp_path / "run", settings, low)
+    assert load_generator(tmp_path / "run").velocity.blocks[5][0].weight.shape == (24, 16, 3, 3)
+    write_run(tmp_path / "run", SETTINGS, low)
+    with pytest.raises(ValueError, match=r"velocity.blocks.0.0.weight is \(24, 16, 3, 3\), expected \(128, 64, 3, 3\)"):
+        load_generator(tmp_path / "run")
+
+
 def test_wrong_tune():
     for tune, rank in (("half", 2), ("lora", 0)):
         with pytest.raises(ValueError, match="--tune is full or lora"):
