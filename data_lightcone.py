@@ -28,9 +28,10 @@ and in the attribute `about`, as JSON (one is read in a tenth of the time of twe
 (6,), NaN where the format cannot say; tau, x_hi_end (optical depth and neutral fraction at the
 low-z end, NaN: unknown); passed (False: an extreme history, not for training); signal_end (slices
 up to the last that is not all zero); seed (-1: unknown); cell_sky, cell_los (Mpc); z_low; cosmology
-(h, Omega_b, sigma_8, n_s); options (21cmFAST's that are not the paper's); source. NAME is a hash of what makes a simulation the same, so one simulation is one file,
-whoever adds it. A file is written under a temporary name and renamed, and never changed: any number
-of processes and cluster jobs (one --seed each) add to a store, and nobody waits for anybody.
+(h, Omega_b, sigma_8, n_s); options (21cmFAST's that are not the paper's); source.
+NAME is a hash of what makes a simulation the same, so one simulation is one file, whoever adds it.
+A file is written under a temporary name and renamed, and never changed: any number of processes and
+cluster jobs (one --seed each) add to a store, and nobody waits for anybody.
 """
 import argparse
 import contextlib
@@ -65,6 +66,7 @@ UNITS = ["keV", "", "erg/s/(Msun/yr)", "eV", "K", ""]
 HUBBLE = 0.6766                               # h; this line and the next: Planck 2018; flat LCDM
 OMEGA_B, SIGMA_8, N_S = 0.04897, 0.8102, 0.9665
 COSMOLOGY = (HUBBLE, OMEGA_B, SIGMA_8, N_S)
+COSMOLOGY_NAMES = ("h", "Omega_b", "sigma_8", "n_s")
 N_HE = 0.083                                  # helium atoms per hydrogen atom
 TAU, TAU_SIGMA = 0.054, 0.007                 # Planck 2018 optical depth
 BINS, CELL = 2350, 200 / 140                  # the paper's lightcones: bins, and Mpc a bin
@@ -413,9 +415,6 @@ def about_cosmology(found, notes):
         notes.append("not as in the paper: " + ", ".join([*other, found.options]).strip(", "))
 
 
-COSMOLOGY_NAMES = ("h", "Omega_b", "sigma_8", "n_s")
-
-
 def check_cube(path, cube, z, history):
     """ValueError if the cube (T, X, Y) is not brightness temperature in mK, or not all there."""
     bad = cube.size - np.count_nonzero(np.abs(cube) < 65504)
@@ -483,8 +482,8 @@ def difference(a, b):
         if abs(mine / theirs - 1) > 0.002:
             return f"made with {name} = {mine:g}, the store with {theirs:g}"
     if a.options != b.options:
-        return f"made with {a.options or 'the usual options'}, the store with " \
-               f"{b.options or 'the usual options'}"
+        usual = "the usual options"
+        return f"made with {a.options or usual}, the store with {b.options or usual}"
     return ""
 
 
@@ -766,6 +765,7 @@ def print_report(report):
 # The fast simulator
 
 DELTA_C = 1.68                                     # linear overdensity at which a halo collapses
+IONISING_REACH = 15.0                              # Mpc: how far an ionising photon gets at most
 
 
 def matter_power(k, Om):
@@ -1002,9 +1002,6 @@ def simulate_fast(parameters, seed, sky=28, bins=470, box=200.0):
     history = [[z[g].mean(), x_hi[g[0]:g[-1] + 1].mean()] for g in groups[::-1]]
     return Lightcone(T_b.flip(0).numpy(), np.asarray(parameters, float), z[::-1],
                      np.array(history).T, -1, sky, side, depth, COSMOLOGY, "", [])
-
-
-IONISING_REACH = 15.0                              # Mpc: how far an ionising photon gets at most
 
 
 # ---------------------------------------------------------------------------------------------

@@ -90,10 +90,10 @@ def layout():
     T, S = 480, 140
     field = dl.simulate_fast([3, 0.3, 40, 500, 4.7, 30], 0, sky=28, bins=470).cube[100:200]
     a = np.tile(field, (5, 5, 5))[:T] + np.random.default_rng(0).normal(0, 3, (T, S, S))
-    options = {"a row a chunk": dict(chunks=(1, T, S, S)), "12 slices": dict(chunks=(1, 12, S, S)),
-               "12 slices, gzip 1, shuffle": dict(chunks=(1, 12, S, S), compression="gzip", compression_opts=1, shuffle=True),
-               "12 slices, lzf, shuffle": dict(chunks=(1, 12, S, S), compression="lzf", shuffle=True),
-               "24 slices, lzf, shuffle": dict(chunks=(1, 24, S, S), compression="lzf", shuffle=True)}
+    options = {"a row a chunk": {"chunks": (1, T, S, S)}, "12 slices": {"chunks": (1, 12, S, S)},
+               "12 slices, gzip 1, shuffle": {"chunks": (1, 12, S, S), "compression": "gzip", "compression_opts": 1, "shuffle": True},
+               "12 slices, lzf, shuffle": {"chunks": (1, 12, S, S), "compression": "lzf", "shuffle": True},
+               "24 slices, lzf, shuffle": {"chunks": (1, 24, S, S), "compression": "lzf", "shuffle": True}}
     with tempfile.TemporaryDirectory() as folder:
         for name, o in options.items():
             path = Path(folder) / (name.replace(" ", "") + ".h5")
@@ -136,7 +136,8 @@ def draws():
 
 
 def loader():
-    rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+    def rss():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
     torch.set_num_threads(1)
     from test_data_lightcone import make_sparse_store
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/d
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "lightcone"
 needs_cases = pytest.mark.skipif(not CASES.exists(), reason="needs ../shared/cases/lightcone")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-GOOD = dict(m_WDM=3.0, Om=0.3, log10_L_X=40.0, E_0=500.0, log10_T_vir=4.7, zeta=30.0)
+GOOD = {"m_WDM": 3.0, "Om": 0.3, "log10_L_X": 40.0, "E_0": 500.0, "log10_T_vir": 4.7, "zeta": 30.0}
 NODES = np.array([35.0, 20, 10, 9, 8, 7, 6, 5])
 REIONISED_AT_8 = np.array([1.0, 1, 1, 0.9, 0.4, 0, 0, 0])                  # tau = 0.059
 
@@ -38,13 +38,13 @@ def cube(bins=60, sky=8, seed=0):
 def write_v3(path, image=None, p_cutoff=True, m_min=False, history=REIONISED_AT_8, nodes=NODES, drop=(), seed=7, z_low=5.0, cell=2.5, los=None, cosmo=None, flags=None,
              root=None, **changes):
     p, image = {**GOOD, **changes}, cube() if image is None else image
-    cosmo = dict(hlittle=0.6766, OMb=0.04897, SIGMA_8=0.8102, POWER_INDEX=0.9665) | (cosmo or {})
-    attributes = dict(astro_params=dict(HII_EFF_FACTOR=p["zeta"], ION_Tvir_MIN=p["log10_T_vir"], L_X=p["log10_L_X"], NU_X_THRESH=p["E_0"]),
-                      cosmo_params=dict(OMm=p["Om"]) | cosmo, _globals=dict(M_WDM=p["m_WDM"], P_CUTOFF=p_cutoff),
-                      flag_options=dict(M_MIN_in_Mass=m_min, USE_TS_FLUCT=True, USE_MINI_HALOS=False, INHOMO_RECO=False) | (flags or {}),
-                      user_params=dict(BOX_LEN=cell * image.shape[0], HII_DIM=image.shape[0]))
+    cosmo = {"hlittle": 0.6766, "OMb": 0.04897, "SIGMA_8": 0.8102, "POWER_INDEX": 0.9665} | (cosmo or {})
+    attributes = {"astro_params": {"HII_EFF_FACTOR": p["zeta"], "ION_Tvir_MIN": p["log10_T_vir"], "L_X": p["log10_L_X"], "NU_X_THRESH": p["E_0"]},
+                      "cosmo_params": {"OMm": p["Om"]} | cosmo, "_globals": {"M_WDM": p["m_WDM"], "P_CUTOFF": p_cutoff},
+                      "flag_options": {"M_MIN_in_Mass": m_min, "USE_TS_FLUCT": True, "USE_MINI_HALOS": False, "INHOMO_RECO": False} | (flags or {}),
+                      "user_params": {"BOX_LEN": cell * image.shape[0], "HII_DIM": image.shape[0]}}
     with h5py.File(path, "w") as f:
-        f.attrs.update(dict(random_seed=seed, redshift=z_low) | (root or {}))
+        f.attrs.update({"random_seed": seed, "redshift": z_low} | (root or {}))
         for group, values in attributes.items():
             f.create_group(group).attrs.update({k: v for k, v in values.items() if k not in drop})
         f["lightcones/brightness_temp"] = image
@@ -59,13 +59,13 @@ def write_v3(path, image=None, p_cutoff=True, m_min=False, history=REIONISED_AT_
 def write_v4(path, image=None, m_min=False, source="CONST-ION-EFF", history=REIONISED_AT_8, nodes=NODES, flags=None, sizes=None, root=None):
     image = cube() if image is None else image
     with h5py.File(path, "w") as f:
-        f.attrs.update(dict(last_completed_node=-1, last_completed_lcidx=-1) | (root or {}))
+        f.attrs.update({"last_completed_node": -1, "last_completed_lcidx": -1} | (root or {}))
         top = f.create_group("InputParameters")
         top.attrs["random_seed"] = 5
-        for group, values in dict(astro_params=dict(HII_EFF_FACTOR=30.0, ION_Tvir_MIN=4.7, L_X=40.0, NU_X_THRESH=500.0),
-                                  cosmo_params=dict(OMm=0.3, hlittle=0.6766, OMb=0.0489747, POWER_INDEX=0.9665, wl=-1.0),
-                                  astro_options=dict(M_MIN_in_Mass=m_min, USE_TS_FLUCT=True) | (flags or {}), matter_options=dict(SOURCE_MODEL=source),
-                                  simulation_options=sizes or dict(BOX_LEN=20.0, HII_DIM=image.shape[0])).items():
+        for group, values in {"astro_params": {"HII_EFF_FACTOR": 30.0, "ION_Tvir_MIN": 4.7, "L_X": 40.0, "NU_X_THRESH": 500.0},
+                                  "cosmo_params": {"OMm": 0.3, "hlittle": 0.6766, "OMb": 0.0489747, "POWER_INDEX": 0.9665, "wl": -1.0},
+                                  "astro_options": {"M_MIN_in_Mass": m_min, "USE_TS_FLUCT": True} | (flags or {}), "matter_options": {"SOURCE_MODEL": source},
+                                  "simulation_options": sizes or {"BOX_LEN": 20.0, "HII_DIM": image.shape[0]}}.items():
             top.create_group(group).attrs.update(values)
         top["node_redshifts"] = nodes
         f["global_quantities/neutral_fraction"] = history
@@ -231,7 +231,8 @@ def test_optical_depth():
     never = dl.optical_depth(np.array([30.0, 5]), np.array([1.0, 1]), 0.311, 5.0)      # nothing ionised above the lightcone's end: the part below counts as ionised
     from scipy.integrate import quad
     h0, n_h = 67.66e5 / 3.0857e24, 0.75095 * 0.02242 * 1.878e-29 / 1.6726e-24          # 1/s; X rho_b / m_p with X = 1 / (1 + 4 x 0.083)
-    f = lambda z: 2.998e10 * 6.652e-25 * n_h * (1 + z) ** 2 / (h0 * np.sqrt(0.311 * (1 + z) ** 3 + 0.689)) * (1.083 + 0.083 * (z < 3))
+    def f(z):
+        return 2.998e10 * 6.652e-25 * n_h * (1 + z) ** 2 / (h0 * np.sqrt(0.311 * (1 + z) ** 3 + 0.689)) * (1.083 + 0.083 * (z < 3))
     assert never == pytest.approx(quad(f, 0, 3)[0] + quad(f, 3, 5)[0], rel=0.005)
 
 
@@ -281,12 +282,12 @@ def test_mixed_sky_sizes_and_bins(tmp_path):
 
 def test_what_cannot_be_in_one_store(tmp_path):
     """Another start, cell, cosmology or option: the commonest wins an empty store, and a store decides for what comes later."""
-    odd = {"b": (dict(z_low=5.5), "starts at z = 5.50, the store at 5.00"), "c": (dict(z_low=7.0, nodes=NODES + 2), "starts at z = 7.00, the store at 5.00"),
-           "d": (dict(cell=20.0), "cells of 20 Mpc, the store's 2.5"), "e": (dict(cosmo=dict(hlittle=0.7)), "made with h = 0.7, the store with 0.6766"),
-           "f": (dict(cosmo=dict(SIGMA_8=0.9)), "made with sigma_8 = 0.9, the store with 0.8102"),
-           "g": (dict(flags=dict(INHOMO_RECO=True)), "made with INHOMO_RECO True, the store with the usual options")}
+    odd = {"b": ({"z_low": 5.5}, "starts at z = 5.50, the store at 5.00"), "c": ({"z_low": 7.0, "nodes": NODES + 2}, "starts at z = 7.00, the store at 5.00"),
+           "d": ({"cell": 20.0}, "cells of 20 Mpc, the store's 2.5"), "e": ({"cosmo": {"hlittle": 0.7}}, "made with h = 0.7, the store with 0.6766"),
+           "f": ({"cosmo": {"SIGMA_8": 0.9}}, "made with sigma_8 = 0.9, the store with 0.8102"),
+           "g": ({"flags": {"INHOMO_RECO": True}}, "made with INHOMO_RECO True, the store with the usual options")}
     files = [write_v3(tmp_path / name, seed=i, **how) for i, (name, (how, _)) in enumerate(odd.items(), 1)]
-    usual = [write_v3(tmp_path / f"usual{i}", seed=20 + i, cosmo=dict(OMb=0.04897 * (1 + i * 1e-3))) for i in range(2)]                # 0.2% is equal
+    usual = [write_v3(tmp_path / f"usual{i}", seed=20 + i, cosmo={"OMb": 0.04897 * (1 + i * 1e-3)}) for i in range(2)]                # 0.2% is equal
     report = dl.convert([*files, *usual], tmp_path / "s", bins=50, tau_sigma=50)
     assert [e["reason"] for e in report] == [reason for _, reason in odd.values()] + ["", ""]
     for i, file in enumerate(files):                                       # each in a store of its own: kept, with a note
@@ -514,9 +515,9 @@ def reason_of(path):
 
 def test_unfinished_lightcones(tmp_path):
     """By the checkpoint's attributes of either version, else by slices that are all zero where the history says neutral."""
-    assert reason_of(write_v4(tmp_path / "a", root=dict(last_completed_node=3))) == "unfinished: stopped at z = 9.0 (node 4 of 8)"
-    assert reason_of(write_v3(tmp_path / "b", root=dict(current_redshift=9.0, current_index=20))) == "unfinished: stopped at z = 9.0 (node 4 of 8)"
-    for write, root in ((write_v4, dict(last_completed_node=7)), (write_v3, dict(current_redshift=5.0, current_index=59))):
+    assert reason_of(write_v4(tmp_path / "a", root={"last_completed_node": 3})) == "unfinished: stopped at z = 9.0 (node 4 of 8)"
+    assert reason_of(write_v3(tmp_path / "b", root={"current_redshift": 9.0, "current_index": 20})) == "unfinished: stopped at z = 9.0 (node 4 of 8)"
+    for write, root in ((write_v4, {"last_completed_node": 7}), (write_v3, {"current_redshift": 5.0, "current_index": 59})):
         assert dl.read_lightcone(write(tmp_path / "c", root=root), 50).notes.count("unfinished") == 0              # a checkpoint of the end
     image = cube()
     image[:, :, :40] = 0
@@ -557,24 +558,24 @@ def test_options_that_change_what_a_parameter_means(tmp_path):
         return [k for k, v in zip(dl.PARAMETERS, lightcone.parameters) if np.isfinite(v)], " ".join(lightcone.notes)
 
     for write, rest in ((write_v3, ["m_WDM", "Om", "log10_T_vir", "zeta"]), (write_v4, ["Om", "log10_T_vir", "zeta"])):
-        names, notes = known(write(tmp_path / "a", flags=dict(USE_TS_FLUCT=False)))
+        names, notes = known(write(tmp_path / "a", flags={"USE_TS_FLUCT": False}))
         assert names == rest and "log10_L_X unknown: USE_TS_FLUCT is off" in notes and "E_0 unknown: USE_TS_FLUCT is off" in notes
-    names, notes = known(write_v4(tmp_path / "a", flags=dict(USE_X_RAY_HEATING=False)))
+    names, notes = known(write_v4(tmp_path / "a", flags={"USE_X_RAY_HEATING": False}))
     assert names == ["Om", "log10_T_vir", "zeta"] and "USE_X_RAY_HEATING is off" in notes
-    names, notes = known(write_v4(tmp_path / "a", flags=dict(X_RAY_Tvir_MIN=4.0)))
+    names, notes = known(write_v4(tmp_path / "a", flags={"X_RAY_Tvir_MIN": 4.0}))
     assert "log10_T_vir" not in names and "X_RAY_Tvir_MIN" in notes
     for option in ("USE_MASS_DEPENDENT_ZETA", "USE_MINI_HALOS", "USE_HALO_FIELD"):
         assert reason_of(write_v3(tmp_path / "a", flags={option: True})).startswith(f"lacks zeta: made with {option}")
-    assert reason_of(write_v3(tmp_path / "a", cosmo=dict(wl=-0.9))) == "made with dark energy of w = -0.9, not flat LCDM"
-    for write, flags in ((write_v3, dict(INHOMO_RECO=True)), (write_v3, dict(PHOTON_CONS=True)), (write_v3, dict(POWER_SPECTRUM=2)),
-                         (write_v4, dict(RECOMB_MODEL="homogeneous")), (write_v4, dict(PHOTON_CONS_TYPE="z-photoncons")), (write_v4, dict(HMF="PS"))):
+    assert reason_of(write_v3(tmp_path / "a", cosmo={"wl": -0.9})) == "made with dark energy of w = -0.9, not flat LCDM"
+    for write, flags in ((write_v3, {"INHOMO_RECO": True}), (write_v3, {"PHOTON_CONS": True}), (write_v3, {"POWER_SPECTRUM": 2}),
+                         (write_v4, {"RECOMB_MODEL": "homogeneous"}), (write_v4, {"PHOTON_CONS_TYPE": "z-photoncons"}), (write_v4, {"HMF": "PS"})):
         assert f"not as in the paper: {next(iter(flags))}" in known(write(tmp_path / "a", flags=flags))[1]
-    usual = dict(RECOMB_MODEL="none", POWER_SPECTRUM="EH", HMF="ST", PHOTON_CONS_TYPE="no-photoncons")
+    usual = {"RECOMB_MODEL": "none", "POWER_SPECTRUM": "EH", "HMF": "ST", "PHOTON_CONS_TYPE": "no-photoncons"}
     assert "not as in the paper" not in known(write_v4(tmp_path / "a", flags=usual))[1]
 
 
 def test_redshifts_and_optical_depth_come_from_the_files_own_cosmology(tmp_path):
-    usual, other = (dl.read_lightcone(write_v3(tmp_path / "a", cosmo=dict(hlittle=h, OMb=Ob)), 50) for h, Ob in ((0.6766, 0.04897), (0.75, 0.06)))
+    usual, other = (dl.read_lightcone(write_v3(tmp_path / "a", cosmo={"hlittle": h, "OMb": Ob}), 50) for h, Ob in ((0.6766, 0.04897), (0.75, 0.06)))
     assert other.redshifts[-1] == pytest.approx(5, abs=2e-3) and usual.notes == []
     z = dl.redshift_at(dl.comoving_distance(5.0, 0.3, 0.75) + 2.5 * 49, 0.3, 0.75)
     assert other.redshifts[0] == pytest.approx(z) and z > usual.redshifts[0] + 0.02
@@ -625,9 +626,9 @@ def test_layouts_of_other_versions(tmp_path):
     """Up to 3.3.1 without distances; 4.x with buffer pixels at both ends; 4.2 with LOWRES_CELL_SIZE_MPC instead of BOX_LEN."""
     usual, early = dl.read_lightcone(write_v3(tmp_path / "a"), 50), dl.read_lightcone(write_v3(tmp_path / "b", drop=("distances",)), 50)
     np.testing.assert_allclose(early.redshifts, usual.redshifts)
-    usual, cell = dl.read_lightcone(write_v4(tmp_path / "c"), 50), dl.read_lightcone(write_v4(tmp_path / "d", sizes=dict(LOWRES_CELL_SIZE_MPC=2.5, HII_DIM=8)), 50)
+    usual, cell = dl.read_lightcone(write_v4(tmp_path / "c"), 50), dl.read_lightcone(write_v4(tmp_path / "d", sizes={"LOWRES_CELL_SIZE_MPC": 2.5, "HII_DIM": 8}), 50)
     assert cell.cell_sky == usual.cell_sky == 2.5
-    buffered = dl.read_lightcone(write_v4(tmp_path / "e", root=dict(lowz_buffer_pixels=3, highz_buffer_pixels=4)), None)
+    buffered = dl.read_lightcone(write_v4(tmp_path / "e", root={"lowz_buffer_pixels": 3, "highz_buffer_pixels": 4}), None)
     assert len(buffered.redshifts) == 53
     np.testing.assert_array_equal(buffered.cube, np.moveaxis(cube()[:, :, 3:56], 2, 0)[::-1])
     np.testing.assert_allclose(buffered.redshifts[::-1], redshifts()[3:56])
@@ -644,17 +645,17 @@ def test_signals_with_nan_or_rising_nodes(tmp_path):
     assert "54 of 74" in note
     nan = arrays["xH"].copy()
     nan[:, 0] = np.nan
-    for changes in (dict(xH=nan), dict(node_z=arrays["node_z"][::-1], xH=arrays["xH"][:, ::-1])):
+    for changes in ({"xH": nan}, {"node_z": arrays["node_z"][::-1], "xH": arrays["xH"][:, ::-1]}):
         np.savez(tmp_path / "x.npz", **arrays | changes)
         names, note = dl.split_names(tmp_path / "x.npz", "regression")
         assert "54 of 74" in note and names == usual
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(signal=SIGNALS["signal"][0]), "1-dimensional"), (dict(zeta=SIGNALS["zeta"][:5]), "shape"), (dict(zeta=np.array(["a"] * 30)), "could not convert"),
-    (dict(signal=np.array([None] * 30, dtype=object)), "Object arrays"), (dict(signal=SIGNALS["signal"] / 1000), "kelvin"), (dict(Om=None), "lacks Om"),
-    (dict(signal=np.where(np.arange(94) == 3, np.nan, SIGNALS["signal"])), "NaN in the signal"), (dict(seed=np.zeros(30, int), **{k: np.full(30, SIGNALS[k][0]) for k in dl.PARAMETERS}), "twice"),
-    (dict(xH=np.ones((30, 4)), node_z=np.ones(5)), "shape"), (dict(xH=np.ones((29, 5)), node_z=np.ones(5)), "histories")])
+    ({"signal": SIGNALS["signal"][0]}, "1-dimensional"), ({"zeta": SIGNALS["zeta"][:5]}, "shape"), ({"zeta": np.array(["a"] * 30)}, "could not convert"),
+    ({"signal": np.array([None] * 30, dtype=object)}, "Object arrays"), ({"signal": SIGNALS["signal"] / 1000}, "kelvin"), ({"Om": None}, "lacks Om"),
+    ({"signal": np.where(np.arange(94) == 3, np.nan, SIGNALS["signal"])}, "NaN in the signal"), (dict(seed=np.zeros(30, int), **{k: np.full(30, SIGNALS[k][0]) for k in dl.PARAMETERS}), "twice"),
+    ({"xH": np.ones((30, 4)), "node_z": np.ones(5)}, "shape"), ({"xH": np.ones((29, 5)), "node_z": np.ones(5)}, "histories")])
 def test_bad_signals_are_one_line(tmp_path, changes, words):
     np.savez(tmp_path / "x.npz", **{k: v for k, v in (SIGNALS | changes).items() if v is not None})
     with pytest.raises(ValueError, match=words) as e:
@@ -669,11 +670,13 @@ def fast(seed=0, sky=12, **changes):
 
 
 def test_fast_simulator_signs():
-    tau = lambda lc: dl.history_summary(lc)[0]
+    def tau(lc):
+        return dl.history_summary(lc)[0]
     assert tau(fast(zeta=30)) < tau(fast(zeta=100)) < tau(fast(zeta=240))                            # more ionising photons: earlier
     assert tau(fast(log10_T_vir=4.1)) > tau(fast(log10_T_vir=4.7)) > tau(fast(log10_T_vir=5.2))      # only big haloes: later
     assert tau(fast(m_WDM=0.5)) < tau(fast(m_WDM=2)) <= tau(fast(m_WDM=9))                           # warm dark matter: later
-    trough = lambda lc: lc.cube.mean((1, 2)).min()
+    def trough(lc):
+        return lc.cube.mean((1, 2)).min()
     assert trough(fast(log10_L_X=38.5)) < trough(fast(log10_L_X=40)) < trough(fast(log10_L_X=41.5)) < 0          # more heating: shallower
     assert trough(fast(E_0=1400)) < trough(fast(E_0=600)) < trough(fast(E_0=150))                    # fewer and harder X-rays: deeper
 
@@ -692,7 +695,8 @@ def test_fast_simulator_is_coherent_and_periodic():
     lc = fast(sky=28)
     alive = lc.cube[(lc.redshifts > 10) & (lc.redshifts < 18)].astype(float)
     alive -= alive.mean((1, 2), keepdims=True)
-    correlation = lambda a, b: (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
+    def correlation(a, b):
+        return (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
     assert correlation(alive[1:], alive[:-1]) > 0.5 > 0.2 > abs(correlation(alive[30:], alive[:-30]))
     wrap = correlation(alive[:, 0], alive[:, -1])                                                    # neighbours across the edge ...
     assert wrap == pytest.approx(correlation(alive[:, 13], alive[:, 14]), abs=0.2) and wrap > 0.4   # ... are like neighbours inside
@@ -776,7 +780,8 @@ def test_21cmfast_workers_survive_and_record_failures(tmp_path, monkeypatch, cap
     (tmp_path / "py21cmfast.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent), str(SCRIPT.parent)]))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    run = lambda: dl.simulate(tmp_path / "s", 6, "21cmfast", sky=8, bins=50, box=20.0, workers=1, keep=tmp_path / "native")
+    def run():
+        return dl.simulate(tmp_path / "s", 6, "21cmfast", sky=8, bins=50, box=20.0, workers=1, keep=tmp_path / "native")
     counts = run()
     assert counts["simulated"] == 4 and counts["failed_now"] == 2
     failures = [json.loads(line) for line in (tmp_path / "s" / "failures.jsonl").read_text().splitlines()]
@@ -802,7 +807,8 @@ def test_21cmfast_work_is_not_thrown_away(tmp_path, monkeypatch, capsys):
     (tmp_path / "py21cmfast.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent), str(SCRIPT.parent)]))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    run = lambda bins: dl.simulate(tmp_path / "s", 1, "21cmfast", sky=8, bins=bins, box=20.0, workers=1, step=1.01)
+    def run(bins):
+        return dl.simulate(tmp_path / "s", 1, "21cmfast", sky=8, bins=bins, box=20.0, workers=1, step=1.01)
     assert run(99)["failed_now"] == 1 and "fewer than --bins 99" in (tmp_path / "s" / "failures.jsonl").read_text()
     assert len(list((tmp_path / "s" / "native").iterdir())) == 1
     counts = run(50)
@@ -989,7 +995,7 @@ def make_sparse_store(path, n, T=2350, sky=140):
             for key, value in row.items():
                 if key in dl.DATASETS[1:]:
                     f[key] = value
-            about = {k: v for k, v in row.items() if k not in dl.DATASETS} | dict(parameters=p, seed=i, passed=True, signal_end=T)
+            about = {k: v for k, v in row.items() if k not in dl.DATASETS} | {"parameters": p, "seed": i, "passed": True, "signal_end": T}
             f.attrs["about"] = json.dumps(about, default=lambda number: number.tolist())
 
 
