@@ -65,6 +65,7 @@ import contextlib
 import errno
 import hashlib
 import html
+import io
 import itertools
 import json
 import math
@@ -75,6 +76,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +88,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from connectors import (GIVEN, coverage, gaussian_nll, joint_coverage, load_generator,
+                        load_regressor, patch, sample_gaussian, standard_deviation, unpatch)
 import data_arxiv
 from data_arxiv import bounded, lock, one_line, reading, writing
+from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, SYMBOLS, UNITS, GlobalSignals,
+                            SubLightcones, denormalise, eor_colours, name_of as lightcone_name,
+                            normalise, power_spectrum, read_lightcone, read_store, split_names)
+from flow import sample
 from lora import load_adapter, merge, save_merged
-from model import (bos_eos, fetch, generate as generate_text, load_pretrained, load_tokenizer,
-                   new_directory, no_links_out, token_nll)
+from model import (bos_eos, fetch, generate as generate_text, load_config, load_pretrained,
+                   load_tokenizer, new_directory, no_links_out, token_nll)
 from quant import NF4Linear
 
 COLOURS = [                                                   # Okabe and Ito, colour-blind safe
@@ -228,8 +236,10 @@ def figure(name, rows=1, columns=1, size=(7, 4.5), **grid):
         drawn = Figure(figsize=size, layout="constrained")
         yield drawn.subplots(rows, columns, **grid) if rows else drawn
         for suffix in ("png", "pdf"):
+            content = io.BytesIO()                            # matplotlib trips over a full disk
+            drawn.savefig(content, format=suffix, dpi=200)
             with writing(f"{name}.{suffix}") as temporary:
-                drawn.savefig(temporary, format=suffix, dpi=200)
+                temporary.write_bytes(content.getvalue())
             print(f"written: {name}.{suffix}")
 
 
@@ -260,16 +270,15 @@ def smooth(epochs, losses, width):
     """Running mean over `width` steps to each side, never across the end of an epoch.
 
     epochs: as logged, e.g. 1.0 ends the first."""
+    def total(values):                                        # over the window
+        return np.convolve(values, np.ones(2 * width + 1))[width:width + len(values)]
+
     epochs = np.ceil(np.array(epochs) - 1e-9)
     losses = np.array(losses, float)
     result = np.empty_like(losses)
     for epoch in np.unique(epochs):
-        rows = np.flatnonzero(epochs == epoch)
-        at = np.arange(len(rows))
-        low = np.maximum(at - width, 0)
-        high = np.minimum(at + width + 1, len(rows))
-        sums = np.concatenate([[0], np.cumsum(losses[rows])])
-        result[rows] = (sums[high] - sums[low]) / (high - low)
+        here = losses[epochs == epoch]
+        result[epochs == epoch] = total(here) / total(np.ones_like(here))
     return result
 
 
@@ -565,18 +574,14 @@ def split_abstract(text):
 
 
 def read_completions(path):
-    """A file of `complete` -> {model: {id: record}}; a last line that is being written is left out.
+    """A file of `complete` -> {model: {id: record}}.
 
     Raises ValueError naming a line that is no completion, and for a second one of an abstract."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'not there'}: {ADVICE}")
-    content = path.read_bytes()
-    whole = math.inf                                          # lines that end
-    if path.suffix != ".gz" and not content.endswith((b"\n", b"}")):
-        whole = content.count(b"\n")
     models = {}
-    for number, record in data_arxiv.read_jsonl(path) if whole else ():
+    for number, record in data_arxiv.read_jsonl(path):
         with reading(f"{path}, line {number}", ADVICE):
             if not all(isinstance(record[field], str) for field in FIELDS[:5]):
                 raise ValueError(f"not a completion, an object with {', '.join(FIELDS)}")
@@ -585,8 +590,6 @@ def read_completions(path):
             if record["id"] in of_model:
                 raise ValueError(f"a second completion of {record['id']} by {record['model']}")
             of_model[record["id"]] = record
-        if number >= whole:
-            break
     return models
 
 
@@ -899,15 +902,15 @@ def pool(hidden, mask, modes):
 
 
 @torch.no_grad()
-def embed(encoder, texts, batch_size=16):
-    """Sentence embeddings (N, D) float32, on the CPU, of texts cut at the encoder's length."""
+def embed(encoder, texts, most=4096):
+    """Sentence embeddings (N, D) float32, on the CPU, of texts cut at the encoder's length.
+
+    most: tokens in one pass."""
     device = encoder.tensors["embeddings.word_embeddings.weight"].device
     sequences = [e.ids for e in encoder.tokenizer.encode_batch(list(texts))]
     result = [None] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: len(sequences[i]))
-    for start in tqdm(range(0, len(order), batch_size), desc="embeddings", unit="batch",
-                      dynamic_ncols=True):
-        rows = order[start:start + batch_size]
+    for rows in tqdm(list(batches(sequences, most)), desc="embeddings", unit="batch",
+                     dynamic_ncols=True):
         lengths = torch.tensor([len(sequences[i]) for i in rows])
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in rows], True)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]                      # (B, T)
@@ -1505,6 +1508,963 @@ def upload(args):
     print(f"uploaded: https://huggingface.co/{args.push}")
 
 
+# ------------------------------------------------------------------------------------- runs of L3M
+
+
+def open_runs(args, experiment, shared):
+    """The runs of a command line and the lightcones to judge them on -> groups {name: [(run,
+    settings), ...]}, settings of the first, path, {split: names}.
+
+    Runs that differ by the seed only are one group. A run is judged on the lightcones that it set
+    aside when it started, whatever was added since; with --data on the split of other lightcones.
+    shared: the settings that must be equal. Raises ValueError where the runs cannot share a table,
+    or were trained on some of the lightcones."""
+    settings = [read_settings(run, experiment) for run in args.runs]
+    first = settings[0]
+    needed = shared if args.data else (*shared, "lightcones")
+    groups = {}
+    for run, s in zip(args.runs, settings):
+        if any(s[k] != first[k] for k in needed):
+            raise ValueError(f"{run} was trained on other lightcones, or another normalisation of "
+                             f"them, than {args.runs[0]}: they cannot share a table")
+        same = {k: v for k, v in s.items() if k not in ("seed", "norm")}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, s))
+    groups = list(groups.values())
+    names = [re.sub(r"[-_]?seed\d+$", "", Path(g[0][0]).resolve().name) for g in groups]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two groups of runs with different settings are called {name}: "
+                             "rename a directory, so that tables can tell them apart")
+    data = args.data or first["data"]
+    if not Path(data).exists():
+        raise ValueError(f"{data}, the lightcones of the run, is not there: say with --data where "
+                         "they are")
+    lightcones = first["lightcones"]
+    if args.data:
+        kind = {"regress": "regression", "generate": "generation"}[experiment]
+        lightcones, _ = split_names(data, kind)
+    held_out = lightcones[args.split]
+    for run, s in zip(args.runs, settings):
+        if seen := set(held_out) & set(s["lightcones"]["train"]):
+            raise ValueError(f"{len(seen)} of the {len(held_out)} {args.split} lightcones of "
+                             f"{data} are among those that {run} was trained on: leave out --data, "
+                             "or name lightcones that it has not seen")
+    return dict(zip(names, groups)), first, data, lightcones
+
+
+def report_path(args):
+    """Where results go, without suffix: --out, or COMMAND-SPLIT in the run's directory, or beside
+    the first's if there are several."""
+    first = Path(args.runs[0])
+    beside = first if len(args.runs) == 1 else first.resolve().parent
+    other = f"-{Path(args.data).stem}" if args.data else ""
+    return args.out or beside / f"{args.command}-{args.split}{other}"
+
+
+def best_loss(run, settings):
+    """The lowest validation loss of a run: that of its model.safetensors. ValueError if it has
+    none; a note if it is not at its end."""
+    records = [r for r in read_metrics(run) if "validation_loss" in r]
+    if not records:
+        raise ValueError(f"{run} has no validation loss in its metrics.jsonl: finish the run first")
+    last = records[-1]
+    if last["epoch"] < settings["epochs"] and last["step"] != settings["max_steps"]:
+        tqdm.write(f"note: {run} has come to epoch {last['epoch']:g} of {settings['epochs']}: its "
+                   "best network so far is judged", file=sys.stderr)
+    return min(r["validation_loss"] for r in records)
+
+
+def judge(groups, score):
+    """Groups of runs -> a method each: name, runs, settings, best validation losses, look, and what
+    score(run, settings) -> {key: array} finds: the mean over seeds; "draws" side by side."""
+    methods = []
+    for i, (name, members) in enumerate(groups.items()):
+        best = [best_loss(run, s) for run, s in members]
+        found = [score(run, s) for run, s in members]
+        method = {"name": name, "runs": [str(run) for run, _ in members], "best": best,
+                  "settings": members[0][1], "look": style_of(i)}
+        for key in found[0]:
+            arrays = [f[key] for f in found]
+            method[key] = np.concatenate(arrays, 1) if key == "draws" else np.mean(arrays, 0)
+        methods.append(method)
+    return methods
+
+
+def baseline(name, i, found, best=()):
+    """A method that needs no network, in grey."""
+    look = {"color": ("0.4", "0.55", "0.7")[i], "ls": ("--", "-.", ":")[i]}
+    return {"name": name, "runs": [], "best": list(best), "settings": {}, "look": look, **found}
+
+
+SEEDS = ("n", "seeds", "std over seeds")                      # what tables show of a row
+
+
+def row_of(m, n, values, **more):
+    """A method's row of the report; values {measure: (n,)}, of which what is not finite is left
+    out, as is a measure that never is."""
+    finite = {k: np.asarray(v)[np.isfinite(v)] for k, v in values.items()}
+    scatter = f"{np.std(m['best']):.4f}" if len(m["runs"]) > 1 else "-"
+    return {"name": m["name"], "n": n, "seeds": len(m["runs"]) or "-", "std over seeds": scatter,
+            "runs": m["runs"], "measures": {k: summary(v) for k, v in finite.items() if len(v)},
+            **more}
+
+
+def legend(ax, title=None):
+    """One legend above all panels, so that it covers nothing."""
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                     fontsize=8, title=title, title_fontsize=8)
+
+
+def over_seeds(methods, what):
+    """What a band or a bar means, where there is one."""
+    return what if any(len(m["runs"]) > 1 for m in methods) else None
+
+
+def draw_training(methods, x, losses, name, smoothing=(0, 0), **scales):
+    """A panel for each of losses {key of metrics.jsonl: label}: against x ("epoch" or "step"), the
+    mean over seeds and one standard deviation as a band; baselines as level lines."""
+    with figure(name, 1, len(losses), (7 if len(losses) == 1 else 10, 4.5), squeeze=False) as axes:
+        for ax, (key, label), width in zip(axes[0], losses.items(), smoothing):
+            for m in methods:
+                if m["runs"]:
+                    draw_curves(ax, m["runs"], x, key, m["look"], m["name"], width)
+                elif m["best"]:
+                    ax.axhline(m["best"][0], **m["look"], lw=1, label=m["name"])
+            ax.set(xlabel=x, ylabel=f"$\\leftarrow$ better    {label}", **scales)
+            ax.grid(alpha=0.3, which="both")
+        legend(ax, over_seeds(methods, "line, band: mean and standard deviation over seeds"))
+
+
+def grid(n):
+    """Rows, columns and size of a figure of n panels."""
+    columns = math.ceil(n**0.5)
+    rows = math.ceil(n / columns)
+    return rows, columns, (3.2 * columns + 1, 2.9 * rows + 0.9)
+
+
+# --------------------------------------------- regress: six parameters from the global 21cm signal
+
+DIGITS = [2, 3, 2, 0, 2, 0]                                   # decimals that make sense
+LEVELS = np.linspace(0.05, 0.95, 19)                          # nominal levels of the coverage
+MARKERS = "osD^vP"
+
+
+def axis_label(j):
+    """The symbol of parameter j with its unit."""
+    return f"{SYMBOLS[j]} [{UNITS[j]}]" if UNITS[j] else SYMBOLS[j]
+
+
+def to_physical(unit, j=slice(None)):
+    """[0, 1] over the priors -> physical units, for all parameters (..., 6) or for parameter j."""
+    return PRIORS[j, 0] + unit * (PRIORS[j, 1] - PRIORS[j, 0])
+
+
+@torch.no_grad()
+def predict(run, settings, signals, device, batch_size):
+    """The Gaussians that a run predicts from signals (N, tokens) -> mean (N, 6) in [0, 1] and
+    lower-triangular L (N, 6, 6) of the precision L L^T. ValueError where they are not finite."""
+    regressor = load_regressor(run, device, settings=settings)
+    parts = [regressor(batch.to(device)) for batch in signals.split(batch_size)]
+    mean, L = (torch.cat(part).float().cpu() for part in zip(*parts))
+    if not (mean.isfinite().all() and L.isfinite().all()):
+        raise ValueError(f"{run}: its network predicts NaN or infinity: train it again")
+    return mean, L
+
+
+def baselines(train, validation):
+    """What needs no network -> {name: function of signals (N, tokens) to a Gaussian like a run's,
+    mean (N, 6) and L (N, 6, 6)}, and ridge's alpha.
+
+    prior mean: 0.5 for each parameter, with the training set's scatter about it. ridge regression:
+    linear in the signal, weights (X^T X + alpha)^-1 X^T Y from the training set, alpha and the
+    covariance from the validation set; clamped to the prior."""
+    X = train.signals.double()
+    Y = train.parameters.double()
+    x0 = X.mean(0)
+    y0 = Y.mean(0)
+
+    def linear(alpha):
+        gram = (X - x0).T @ (X - x0) + alpha * torch.eye(len(x0))             # (tokens, tokens)
+        weights = torch.linalg.solve(gram, (X - x0).T @ (Y - y0))             # (tokens, 6)
+        return lambda signals: ((signals.double() - x0) @ weights + y0).clamp(0, 1)
+
+    def residual(alpha):
+        return validation.parameters.double() - linear(alpha)(validation.signals)
+
+    def gaussian(mean_of, residual):
+        covariance = residual.T @ residual / len(residual)
+        covariance += 1e-6 * torch.eye(6)                     # no deviation below 0.001
+        if len(residual) < 60:                                # too few for 15 correlations
+            covariance = covariance.diag().diag()
+        L = torch.linalg.cholesky(torch.linalg.inv(covariance)).float()
+        return lambda signals: (mean_of(signals).float(), L.expand(len(signals), 6, 6))
+
+    alpha = min(np.logspace(-4, 4, 33).tolist(), key=lambda a: residual(a).square().mean())
+    ridge = gaussian(linear(alpha), residual(alpha))
+    middle = gaussian(lambda signals: torch.full((len(signals), 6), 0.5), Y - 0.5)
+    return {"ridge regression": ridge, "prior mean": middle}, alpha
+
+
+def score(mean, L, y, args):
+    """Gaussians (N, 6), (N, 6, 6) against the truth y (N, 6), in units of the prior's width ->
+    arrays loss (N,), error |mean - truth| (N, 6), sigma (N, 6), coverage (levels, 6), of all six at
+    once joint (levels,), and draws (N, samples, 6) clamped to the prior."""
+    draws = sample_gaussian(mean, L, args.samples, torch.Generator().manual_seed(args.seed))
+    found = {"loss": gaussian_nll(mean, L, y), "error": (mean - y).abs(),
+             "sigma": standard_deviation(L), "coverage": coverage(mean, L, y, LEVELS),
+             "joint": joint_coverage(mean, L, y, LEVELS),
+             "draws": draws.clamp(0, 1).transpose(0, 1)}
+    return {k: np.asarray(v, float) for k, v in found.items()}
+
+
+def regress(args):
+    """Loss, errors and calibration of any number of L3M regression runs on held-out lightcones,
+    beside the prior mean and ridge regression, with figures: validation loss by epoch (a band where
+    runs differ by the seed only) and by depth (where --blocks differs), prediction against truth,
+    calibration. With --lightcone: what a run says of your own lightcones."""
+    if args.lightcone:
+        return posteriors(args)
+    groups, first, data, names = open_runs(args, "regress", ("tokens", "norm"))
+    device = start_processes(args.device)[2]
+    read = partial(GlobalSignals, data, tokens=first["tokens"], norm=first["norm"], names=names)
+    train, validation, test = (read(split) for split in ("train", "validation", args.split))
+
+    def score_run(run, settings):
+        gaussians = predict(run, settings, test.signals, device, args.batch_size)
+        return score(*gaussians, test.parameters, args)
+
+    methods = judge(groups, score_run)
+    gaussians, alpha = baselines(train, validation)
+    for i, (name, gaussian) in enumerate(gaussians.items()):
+        loss = gaussian_nll(*gaussian(validation.signals), validation.parameters).mean().item()
+        found = score(*gaussian(test.signals), test.parameters, args)
+        methods.append(baseline(name, i, found, [loss]))
+    settings = {"data": str(data), "split": args.split, "samples": args.samples, "seed": args.seed,
+                "ridge alpha": alpha, "levels": LEVELS}
+    report = {"command": args.command, "settings": settings, "rows": []}
+    for m in methods:
+        values = {"validation_loss": m["best"], "loss": m["loss"], "error": m["error"].mean(1)}
+        if m is not methods[0]:
+            values["loss_difference"] = m["loss"] - methods[0]["loss"]
+        for j, p in enumerate(PARAMETERS):
+            values |= {f"error_{p}": m["error"][:, j], f"sigma_{p}": m["sigma"][:, j]}
+        kept = {k: m["settings"].get(k) for k in ("init", "base", "blocks", "prompt")}
+        report["rows"].append(row_of(m, len(test), values, **kept, joint_coverage=m["joint"],
+                                     coverage=dict(zip(PARAMETERS, m["coverage"].T))))
+    show(report, ["validation_loss", "loss", "loss_difference", "error"],
+         f"{args.split} lightcones of {data}, losses in nats a parameter (difference: from the "
+         "first row's, lightcone by lightcone), error over the prior's width", 4, SEEDS)
+    show(report, [f"error_{p}" for p in PARAMETERS],
+         "error |predicted mean - truth| over the prior's width", keys=())
+    out = report_path(args)
+    write_report(f"{out}.json", report)
+    worst = methods[-1]["best"][0]
+    best = min(min(m["best"]) for m in methods)
+    margin = 0.07 * abs(worst - best)
+    draw_training(methods, "epoch", {"validation_loss": "validation loss [nats a parameter]"},
+                  f"{out}-loss", ylim=(best - margin, worst + margin))
+    draw_parameters(methods, test.parameters.numpy(), f"{out}-parameters")
+    draw_calibration(methods[:-1], len(test), f"{out}-calibration")
+    if len({m["settings"]["blocks"] for m in methods[:-2]}) > 1:
+        draw_depth(methods, f"{out}-depth")
+
+
+def in_bins(draws, y, bins=10):
+    """Samples (N, samples) of a parameter in bins of the truth y (N,), in [0, 1] -> (4, bins that
+    hold some): centre, mean and standard deviation of the samples, mean |sample - truth|."""
+    bin_of = np.minimum((y * bins).astype(int), bins - 1)
+    found = []
+    for b in np.unique(bin_of):
+        inside = draws[bin_of == b]
+        error = np.abs(inside - y[bin_of == b, None])
+        found.append([(b + 0.5) / bins, inside.mean(), inside.std(), error.mean()])
+    return np.array(found).T
+
+
+def draw_parameters(methods, y, name):
+    """For each parameter, above: the samples (mean and standard deviation) in ten bins of the
+    truth; below: mean |sample - truth| over the prior's width."""
+    with figure(name, 4, 3, (10, 9.5), height_ratios=[3, 1.3, 3, 1.3]) as axes:
+        for j in range(6):
+            above, below = axes[j // 3 * 2:j // 3 * 2 + 2, j % 3]
+            above.plot(PRIORS[j], PRIORS[j], color="0.7", lw=1)
+            for i, m in enumerate(methods):
+                x, mean, std, error = in_bins(m["draws"][..., j], y[:, j])
+                look = m["look"] | {"marker": MARKERS[i % 6], "ms": 3.5, "lw": 1}
+                if m["runs"]:
+                    shift = 0.06 * (i / len(methods) - 0.5)
+                    above.errorbar(to_physical(x + shift, j), to_physical(mean, j),
+                                   std * np.ptp(PRIORS[j]), **look | {"ls": "none"})
+                below.plot(to_physical(x, j), error, **look, label=m["name"])
+            above.set(xlim=PRIORS[j], ylim=PRIORS[j], ylabel=f"predicted {axis_label(j)}")
+            below.set(xlim=PRIORS[j], ylim=(0, None), xlabel=f"true {axis_label(j)}",
+                      ylabel="$\\leftarrow$ better\nerror / width")
+            above.tick_params(labelbottom=False)
+            for ax in (above, below):
+                ax.grid(alpha=0.3)
+        legend(below, "above: samples in bins of the truth, mean and standard deviation; below: "
+               "mean |sample - truth| / width of the prior")
+
+
+def draw_calibration(methods, n, name):
+    """Coverage: how often the truth lies in the central interval of each level (black: in the
+    ellipsoid of all six), a panel for each method; in the grey band 95% of calibrated ones would
+    be. Sharpness, last: the predicted standard deviation, the median over lightcones."""
+    band = 1.96 * np.sqrt(LEVELS * (1 - LEVELS) / n)
+    with figure(name, *grid(len(methods) + 1), squeeze=False) as axes:
+        for ax, m in zip(axes.flat, methods):
+            if n >= 10:
+                ax.fill_between(LEVELS, LEVELS - band, LEVELS + band, color="0.85",
+                                label=f"95% of calibrated, {n} lightcones")
+            ax.plot([0, 1], [0, 1], color="0.5", lw=1)
+            for j in range(6):
+                ax.plot(LEVELS, m["coverage"][:, j], **style_of(j), label=SYMBOLS[j])
+            ax.plot(LEVELS, m["joint"], "k--", label="all six")
+            ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=m["name"],
+                   xlabel="nominal level", ylabel="truth inside, fraction")
+        legend(axes[0, 0])
+        *_, last = (ax for ax, _ in zip(axes.flat, [*methods, None]))
+        for i, m in enumerate(methods):
+            last.plot(np.median(m["sigma"], 0), MARKERS[i % 6], color=m["look"]["color"],
+                      label=m["name"])
+        last.axhline(12 ** -0.5, color="0.6", ls=":", label="prior")
+        last.set_xticks(range(6), SYMBOLS, rotation=45)
+        last.set(ylim=(0, None), title="median predicted std / prior width",
+                 ylabel="$\\leftarrow$ sharper")
+        last.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        for ax in axes.flat[len(methods) + 1:]:
+            ax.axis("off")
+
+
+def draw_depth(methods, name):
+    """Best validation loss against the number of blocks, mean and one standard deviation over
+    seeds: a line for each backbone and prompt, level lines for the references."""
+    lines = {}
+    with figure(name) as ax:
+        for m in methods:
+            s = m["settings"]
+            if s.get("init") in ("pretrained", "random"):
+                depth = s["blocks"] or load_config(s["base"]).num_hidden_layers
+                line = lines.setdefault(f"{s['init']}, {s['prompt']}", [])
+                line.append((depth, np.mean(m["best"]), np.std(m["best"])))
+            elif m["runs"]:
+                ax.axhline(np.mean(m["best"]), **m["look"], label=m["name"])
+        for i, (label, points) in enumerate(lines.items()):
+            depth, mean, std = zip(*sorted(points))
+            ax.errorbar(depth, mean, std, color=COLOURS[i % 7], marker=MARKERS[i % 6], capsize=3,
+                        label=label)
+        ax.set(xlabel="blocks of the backbone",
+               ylabel="$\\leftarrow$ better    best validation loss [nats a parameter]")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        legend(ax, over_seeds(methods, "bars: standard deviation over seeds"))
+
+
+# --------------------------------------------------------- regress --lightcone: your own lightcone
+
+
+def read_own(path, settings, data):
+    """A user's lightcone as a run would have seen it -> signal (1, tokens) float32, Lightcone,
+    redshifts (tokens,), notes: a sentence each on what could make the answer wrong.
+
+    The sky's mean over equal steps of the comoving depth of the run's own lightcones, from the
+    low-z end on, whatever the cells. ValueError if it cannot be read, or is not so deep."""
+    tokens = settings["tokens"]
+    lightcone = read_lightcone(path, bins=None)
+    z = lightcone.redshifts[::-1]                             # from low z, as what follows
+    notes = [note for note in lightcone.notes if "filter" not in note]       # which we do not
+    names = settings["lightcones"]
+    depth = BINS * CELL
+    if Path(data).is_dir():
+        store = read_store(data)
+        depth = store.T * store.cell_los
+        cube = lightcone.cube[-store.T:].astype("<f2")        # as `convert` would have kept it
+        name = lightcone_name(lightcone.seed, lightcone.parameters, cube.shape[:2], content=cube)
+        if name in names["train"] + names["validation"]:
+            notes.append("the run was trained on this very lightcone, or chosen by it")
+        if abs(z[0] - store.redshifts[0, -1]) > 0.05:
+            notes.append(f"it ends at z = {z[0]:.2f}, the training lightcones at "
+                         f"{store.redshifts[0, -1]:.2f}: every value of the signal is at another "
+                         "redshift")
+    else:
+        notes.append(f"{data} is not there or no store: {depth:.0f} Mpc from z = 5 on are assumed, "
+                     "as the paper's lightcones have them")
+    deep = depth / lightcone.cell_los                         # in bins
+    if deep > len(z) + 0.5:
+        raise ValueError(f"{path}: {len(z)} line-of-sight bins of {lightcone.cell_los:.2f} Mpc; "
+                         f"the run needs {depth:.0f} Mpc from low z on, as its own lightcones have: "
+                         "make a longer one")
+    mean = lightcone.cube.mean((1, 2), dtype=np.float64)[::-1]               # (T, X, Y) -> (T,) mK
+    edges = np.linspace(0, min(deep, len(z)), tokens + 1)
+    sums = np.interp(edges, np.arange(len(z) + 1), np.cumsum([0, *mean]))
+    values = np.diff(sums) / np.diff(edges)                   # (tokens,)
+    redshifts = np.interp((edges[1:] + edges[:-1] - 1) / 2, np.arange(len(z)), z)
+    centre, width = settings["norm"]
+    signal = torch.from_numpy((values[::-1].copy() - centre) / width).float()[None]
+    if Path(data).exists():
+        train = GlobalSignals(data, "train", tokens=tokens, norm=settings["norm"], names=names)
+        low, high = train.signals.aminmax(dim=0)
+        outside = int(((signal < low) | (signal > high)).sum())
+        if outside:
+            notes.append(f"{outside} of its {tokens} values are outside the range of the training "
+                         "signals: the posterior is an extrapolation")
+    return signal, lightcone, redshifts[::-1], notes
+
+
+def sample_in_prior(mean, L, n, generator):
+    """Draws (n, 6) of the Gaussian mean (1, 6), L (1, 6, 6) where it lies in the prior, the unit
+    cube. ValueError where nearly none of it does."""
+    kept = torch.empty(0, 6)
+    for _ in range(200):
+        draws = sample_gaussian(mean, L, 100_000, generator)[:, 0]
+        kept = torch.cat((kept, draws[((draws >= 0) & (draws <= 1)).all(1)]))
+        if len(kept) >= n:
+            return kept[:n]
+    raise ValueError("the predicted Gaussian lies outside the prior: train the run for longer")
+
+
+def posteriors(args):
+    """Predict the six parameters of a user's own lightcones with one run: of each a table, JSON and
+    corner plot of the Gaussian cut at the prior."""
+    if len(args.runs) > 1:
+        raise ValueError("--lightcone takes one run: name the run whose posterior you want")
+    run = Path(args.runs[0])
+    settings = read_settings(run, "regress")
+    device = start_processes(args.device)[2]
+    stems = [Path(file).stem for file in args.lightcone]
+    if len(set(stems)) < len(stems):
+        raise ValueError("two of the lightcone files have the same name: their figures would "
+                         "overwrite each other, rename one")
+    for file, stem in zip(args.lightcone, stems):
+        signal, lightcone, z, notes = read_own(file, settings, args.data or settings["data"])
+        for note in notes:
+            print(f"note: {file}: {note}", file=sys.stderr)
+        mean, L = predict(run, settings, signal, device, 1)
+        draws = sample_in_prior(mean, L, 20_000, torch.Generator().manual_seed(args.seed))
+        draws = to_physical(draws.double().numpy())           # (20000, 6)
+        row = posterior_row(stem, draws, lightcone.parameters)
+        width = np.ptp(PRIORS, axis=1)
+        covariance = torch.cholesky_inverse(L[0].double()).numpy() * np.outer(width, width)
+        gaussian = {"mean": to_physical(mean[0].double().numpy()), "covariance": covariance}
+        what = f"{stem}, by {run.resolve().name}"
+        print_table(f"posterior of {what}: the Gaussian cut at the prior",
+                    ["", "unit", "median", "std", "68% interval", "truth"], row.pop("table"))
+        out = f"{args.out or run / 'posterior'}-{stem}"
+        write_report(f"{out}.json", {
+            "command": args.command, "settings": {"run": run, "file": file, "seed": args.seed},
+            "rows": [row | {"notes": notes, "gaussian": gaussian}]})
+        signal = signal[0].numpy() * settings["norm"][1] + settings["norm"][0]
+        draw_corner(draws, lightcone.parameters, z, signal, what, out)
+
+
+def posterior_row(name, draws, truth):
+    """The row of a posterior, from draws (n, 6) in physical units; low and high enclose its central
+    68%. "table" is what a terminal shows."""
+    row = {"name": name, "n": 1, "interval": 0.68, "measures": {}, "truth": {}, "table": []}
+    for j, (p, d) in enumerate(zip(PARAMETERS, DIGITS)):
+        low, high = np.quantile(draws[:, j], [0.16, 0.84])
+        s = summary(draws[:, j], bootstrap=False) | {"low": low, "high": high}
+        row["measures"][p] = s
+        row["truth"][p] = truth[j] if np.isfinite(truth[j]) else None
+        known = f"{truth[j]:.{d}f}" if np.isfinite(truth[j]) else "-"
+        row["table"].append([p, UNITS[j], f"{s['median']:.{d}f}", f"{s['std']:.{d}f}",
+                             f"{low:.{d}f} - {high:.{d}f}", known])
+    return row
+
+
+def draw_corner(draws, truth, z, signal, title, name):
+    """Draws (n, 6) of a posterior in physical units: densities with medians and 68% intervals, 68%
+    and 95% contours, the truth where it is known. Above, the signal (tokens,) in mK at z."""
+    low, middle, high = np.quantile(draws, [0.16, 0.5, 0.84], axis=0)
+    known = np.isfinite(truth)
+    with figure(name, 0, size=(11, 11)) as fig:
+        import corner                                         # after `figure` has chosen a backend
+        fig.set_layout_engine(None)                           # corner has its own
+        corner.corner(draws, bins=40, smooth=1, color=COLOURS[1], truth_color=COLOURS[2], fig=fig,
+                      labels=[axis_label(j).replace(" [", "\n[") for j in range(6)],
+                      truths=[t if k else None for t, k in zip(truth, known)],
+                      quantiles=(0.16, 0.84), levels=(0.68, 0.95), plot_datapoints=False,
+                      plot_density=False, fill_contours=True, max_n_ticks=3, labelpad=0.1,
+                      range=[
+                          np.percentile([*draws[:, j], *truth[[j]][known[[j]]]], [0, 100])
+                          for j in range(6)])
+        for j, d in enumerate(DIGITS):
+            below, above = middle[j] - low[j], high[j] - middle[j]
+            title_j = f"${middle[j]:.{d}f}_{{-{below:.{d}f}}}^{{+{above:.{d}f}}}$"
+            fig.axes[7 * j].set_title(f"{SYMBOLS[j]} = {title_j}", fontsize=9)
+        ax = fig.add_axes([0.62, 0.75, 0.35, 0.19])
+        ax.plot(z, signal, "ko-", ms=3, lw=1)
+        ax.set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]", title=title)
+        fig.text(0.62, 0.66, "the Gaussian cut at the prior; contours 68% and 95%;\ndashed: "
+                 "central 68%" + ("; orange: the truth" if known.any() else ""))
+
+
+# ------------------------------------ next-patch and generate: slices by conditional flow matching
+
+
+def open_slices(args):
+    """What both begin with: groups of runs by seed {name: [(run, settings), ...]}, settings of the
+    first, SubLightcones of --split, device."""
+    groups, first, data, names = open_runs(args, "generate", ("T", "sky"))
+    test = SubLightcones(data, args.split, names=names)
+    T, sky = first["T"], first["sky"]
+    if (test.T, test.sky) != (T, sky):
+        raise ValueError(f"{data} holds {test.T} slices of {test.sky} x {test.sky}, the runs were "
+                         f"trained on {T} of {sky} x {sky}")
+    return groups, first, test, start_processes(args.device)[2]
+
+
+def draw_seed(seed, name, start):
+    """Of the noise for one place in one lightcone: all models get the same, whatever else is
+    evaluated."""
+    place = [seed, zlib.crc32(name.encode()), start]
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
+def batches_of(windows, size):
+    """Windows (name, start, length) in lists of at most `size`, each of one length."""
+    for length in sorted({length for _, _, length in windows}):
+        same = [window for window in windows if window[2] == length]
+        for i in range(0, len(same), size):
+            yield same[i:i + size]
+
+
+def structure(slices, p):
+    """What patches hold beside their means: (..., X, Y) -> (..., R, K, p*p) float64."""
+    patches = patch(slices.double(), p)
+    return patches - patches.mean(-1, keepdim=True)
+
+
+def correlation(ab, aa, bb):
+    """Of two fields, by their sums of products; NaN where one of them does not fluctuate."""
+    return ab / (aa * bb) ** 0.5
+
+
+def compare_windows(drawn, truth, before, expected, p):
+    """Sums over the cells of each window, fields (B, S, X, Y) -> (B, 8) float64: squared error of
+    patch means; of the structures d drawn, x true, b before, e expected: dd, xx, bb, ee, dx, db,
+    ex."""
+    means = patch(drawn.double() - truth, p).mean(-1).flatten(1)
+    d, x, b, e = (structure(field, p).flatten(1) for field in (drawn, truth, before, expected))
+    pairs = ((d, d), (x, x), (b, b), (e, e), (d, x), (d, b), (e, x))
+    return torch.stack([p**2 * means.square().sum(1), *((u * v).sum(1) for u, v in pairs)], dim=1)
+
+
+FOLLOWED = ["error", "error_mean", "error_structure", "structure_vs_truth",
+            "structure_vs_previous", "conditional_mean_vs_truth"]
+
+
+@torch.no_grad()
+def follow(predict, windows, test, p, args, device, bar):
+    """Slices 3.. of windows (name, start, length), predicted from the truth before them, against
+    the truth -> arrays by lightcone (n,) of FOLLOWED, "map" error by cell of the sky (X, Y) and
+    "by_slice" (10,), normalised units.
+
+    predict(slices (B, S, X, Y), conditions (B, 7), noise (B, S - 2, X, Y)) -> slices 3.. as drawn,
+    and their conditional mean (zero where there is none), (B, S - 2, X, Y) each."""
+    scored = Counter()                                        # slices of each lightcone
+    for name, _, length in windows:
+        scored[name] += length - GIVEN
+    sums = {name: np.zeros(8) for name in scored}
+    by_cell = np.zeros((test.sky, test.sky))
+    by_slice = np.zeros((2, max(length for _, _, length in windows) - GIVEN))     # sum, number
+    for part in batches_of(windows, args.batch_size):
+        slices, conditions = (torch.stack(x) for x in zip(*(test.read(*w) for w in part)))
+        truth = slices[:, GIVEN:]
+        noise = []
+        for name, start, _ in part:
+            generator = torch.Generator().manual_seed(draw_seed(args.seed, name, start))
+            noise.append(torch.randn(truth.shape[1:], generator=generator))
+        inputs = slices, conditions, torch.stack(noise)
+        drawn, expected = (x.cpu() for x in predict(*(x.to(device) for x in inputs)))
+        products = compare_windows(drawn, truth, slices[:, GIVEN - 1:-1], expected, p)
+        errors = (drawn - truth).double().square().numpy()    # (B, S - 2, X, Y)
+        for (name, _, length), product, error in zip(part, products.numpy(), errors):
+            sums[name] += product
+            by_cell += error.sum(0) / scored[name] / len(scored)
+            by_slice[:, :length - GIVEN] += [error.mean((1, 2)), np.ones(len(error))]
+        bar.update(len(part))
+    means, dd, xx, bb, ee, dx, db, ex = np.array([sums[name] for name in sorted(sums)]).T
+    cells = test.sky**2 * np.array([scored[name] for name in sorted(sums)])
+    with np.errstate(invalid="ignore"):
+        found = [(means + dd + xx - 2 * dx) / cells, means / cells, (dd + xx - 2 * dx) / cells,
+                 correlation(dx, dd, xx), correlation(db, dd, bb), correlation(ex, ee, xx)]
+    return dict(zip(FOLLOWED, found)) | {"map": by_cell, "by_slice": by_slice[0] / by_slice[1]}
+
+
+def drawn_by(generator, args):
+    """The generator as a `predict` of `follow`: each patch drawn once, given the truth before it;
+    its conditional mean is e + v at t = 0, where the velocity v of the noise e is E[x] - e."""
+    def predict(slices, conditions, noise):
+        p = generator.p
+        net = generator.velocity
+        cond = generator.patch_conditions(slices, conditions).flatten(0, 2)       # (N, 2, p, p)
+        patches = patch(noise, p)                             # (B, S - 2, R, K, p*p)
+        e = patches.reshape(-1, 1, p, p)
+        x, _ = sample(net, cond, args.method, noise=e, steps=args.steps)
+        mean = e + net(e, e.new_zeros(len(e)), net.condition(cond))
+        return unpatch(x.view_as(patches)), unpatch(mean.view_as(patches))
+    return predict
+
+
+def simple_predictions(p):
+    """What needs no network -> {name: a `predict` of `follow`}."""
+    def copy(slices, conditions, noise):
+        return slices[:, GIVEN - 1:-1], torch.zeros_like(noise)
+
+    def independent(slices, conditions, noise):
+        before = patch(slices[:, GIVEN - 1:-1], p)            # (B, S - 2, R, K, p*p)
+        unrelated = structure(noise, p)
+        unrelated = unrelated * before.std(-1, keepdim=True) / unrelated.std(-1, keepdim=True)
+        return unpatch(before.mean(-1, keepdim=True) + unrelated), torch.zeros_like(noise)
+
+    def only_noise(slices, conditions, noise):
+        return noise, torch.zeros_like(noise)
+
+    return {"copy of the previous slice": copy,
+            "previous mean, independent structure": independent, "noise": only_noise}
+
+
+def next_patch(args):
+    """Validation loss of flow matching, and mean squared error of each patch, drawn once given the
+    true patches before it, for any number of L3M generation runs, beside three baselines: the
+    previous slice; its patch's mean with structure of its own; noise. The error is that of the
+    patches' means plus that of the structure inside. Correlations are of structure: of what is
+    drawn with the truth and with the slice before (the truth's own is the copy's with the truth),
+    and of the conditional mean with the truth. Figures: error by position, loss by batch."""
+    groups, first, test, device = open_slices(args)
+    windows = test.windows()
+    if args.max_windows:
+        order = np.random.default_rng(args.seed).permutation(len(windows))[:args.max_windows]
+        windows = [windows[i] for i in np.sort(order)]
+    p = first["patch"]
+    simple = simple_predictions(p)
+    total = len(windows) * (len(args.runs) + len(simple))
+    with tqdm(total=total, desc="next patches", unit="window", dynamic_ncols=True) as bar:
+        def score_run(run, settings):
+            generator = load_generator(run, device, settings=settings)
+            return follow(drawn_by(generator, args), windows, test, generator.p, args, device, bar)
+
+        methods = judge(groups, score_run)
+        for i, (name, function) in enumerate(simple.items()):
+            found = follow(function, windows, test, p, args, device, bar)
+            methods.append(baseline(name, i, found))
+    settings = {k: getattr(args, k) for k in ("split", "method", "steps", "seed")}
+    report = {"command": args.command, "rows": [], "settings": settings | {
+        "data": str(test.path), "windows": len(windows)}}
+    for m in methods:
+        values = {"validation_loss": m["best"]} | {k: m[k] for k in FOLLOWED}
+        if m is not methods[0]:
+            values["error_difference"] = m["error"] - methods[0]["error"]
+        by_patch = patch(torch.from_numpy(m["map"]), m["settings"].get("patch", p)).mean(-1)
+        report["rows"].append(row_of(m, len(m["error"]), values, by_slice=m["by_slice"],
+                                     by_patch=by_patch.numpy()))
+    show(report, ["validation_loss", "error", "error_difference"],
+         f"{len(windows)} windows of {args.split} lightcones of {test.path}, normalised units "
+         "(difference: from the first row's, lightcone by lightcone)",
+         keys=SEEDS)
+    show(report, FOLLOWED[1:], "error of patch means, of structure; correlations of structure",
+         keys=())
+    out = report_path(args)
+    write_report(f"{out}.json", report)
+    draw_positions(methods, p, f"{out}-position")
+    draw_training(methods, "step", {"loss": "training loss (running mean)",
+                                    "validation_loss": "validation loss"},
+                  f"{out}-loss", (0.02, 0), yscale="log")
+
+
+def draw_positions(methods, p, name):
+    """Next-patch error by position on the sky, a map for each method but noise, lines between
+    patches; last, by slice of the window."""
+    from matplotlib.colors import LogNorm
+    shown = methods[:-1]                                      # noise has no structure
+    high = max(np.quantile(m["map"], 0.99) for m in shown)
+    scale = LogNorm(max(min(m["map"].min() for m in shown), high / 1000), high)
+    with figure(name, *grid(len(methods)), squeeze=False) as axes:
+        for ax, m in zip(axes.flat, shown):
+            sky = len(m["map"])
+            image = ax.imshow(m["map"], norm=scale, extent=(0, sky, sky, 0))
+            edges = range(p, sky, m["settings"].get("patch", p))
+            ax.set_xticks(edges, [])
+            ax.set_yticks(edges, [])
+            ax.grid(color="w", lw=0.4)
+            ax.tick_params(length=0)
+            ax.set_title(m["name"], fontsize=8)
+        ax.figure.colorbar(image, ax=axes, extend="both",
+                           label="mean squared error (normalised units)")
+        last = axes.flat[len(shown)]
+        for m in methods:
+            at = GIVEN + 1 + np.arange(len(m["by_slice"]))
+            last.plot(at, m["by_slice"], **m["look"], marker=".", label=m["name"])
+        last.set(xlabel="slice of the window", yscale="log",
+                 ylabel="$\\leftarrow$ better    mean squared error")
+        last.grid(alpha=0.3, which="both")
+        legend(last)
+        for ax in axes.flat[len(methods):]:
+            ax.axis("off")
+
+
+def choose_starts(test, store, args):
+    """Where to generate: --lightcones of the split at each --redshift -> [(redshift, row of the
+    store, first given slice)].
+
+    A lightcone whose signal ends before the last slice is left out of that redshift; a redshift
+    without lightcones is left out with a note."""
+    chosen = np.random.default_rng(args.seed).permutation(len(test.names))[:args.lightcones or None]
+    rows = [store.index[test.names[i]] for i in np.sort(chosen)]
+    length = args.context + args.slices
+    starts = []
+    for redshift in dict.fromkeys(args.redshifts):
+        before = len(starts)
+        for row in rows:
+            z = store.redshifts[row]
+            first = int(np.abs(z - redshift).argmin())
+            if z[-1] <= redshift <= z[0] and first + length <= store.signal_end[row]:
+                starts.append((redshift, row, first))
+        if len(starts) == before:
+            print(f"note: z = {redshift:g} is left out: no lightcone has signal in {length} slices "
+                  "from there on", file=sys.stderr)
+    if not starts:
+        raise ValueError(f"{test.path}: no lightcone has signal in {length} slices from any of "
+                         "these redshifts on: choose other --redshifts, or fewer --slices")
+    return starts
+
+
+def continue_lightcones(generator, slices, conditions, seeds, bins, args, device, bar):
+    """Generated slices in mK: context (N, S, X, Y) normalised, conditions (N, 7) -> (N, samples,
+    --slices, X, Y) float16."""
+    result = np.empty((len(slices), args.samples, args.slices, *slices.shape[2:]), np.float16)
+    for part in torch.arange(len(slices)).split(args.batch_size):
+        going = generator.generate(slices[part].to(device), conditions[part].to(device),
+                                   args.slices, bins, [seeds[i] for i in part], args.samples,
+                                   slide=args.slide, method=args.method, steps=args.steps)
+        for s, new in enumerate(going):
+            result[part.numpy(), :, s] = denormalise(new).clamp(-6e4, 6e4).cpu()  # float16's range
+            bar.update(len(part) * args.samples)
+    return result
+
+
+def generate(args):
+    """Continue held-out lightcones from a few true slices on, by any number of L3M generation runs.
+    Tables and figures beside the truth: slices, sections along the line of sight, power spectra and
+    distributions of T_b; whether the power is within a factor 2 of the truth; whether structure
+    lives on (its correlation with that of the slice 1 and 5 before: lag1, lag5; with the truth),
+    and whether patches join (edge_jump: rms step between neighbouring cells across their edges over
+    that inside)."""
+    groups, first, test, device = open_slices(args)
+    store = read_store(test.path)
+    starts = choose_starts(test, store, args)
+    length = args.context + args.slices
+    places = [(store.names[row], t) for _, row, t in starts]
+    slices, conditions = (torch.stack(x) for x in zip(*(test.read(*at, length) for at in places)))
+    seeds = [draw_seed(args.seed, *at) for at in places]
+    truth = denormalise(slices).numpy().astype(np.float16)    # (N, S + n, X, Y) mK
+    total = len(starts) * args.samples * args.slices * len(args.runs)
+    with tqdm(total=total, desc="slices", unit="slice", dynamic_ncols=True) as bar:
+        def score_run(run, settings):
+            generator = load_generator(run, device, settings=settings)
+            return {"draws": continue_lightcones(generator, slices[:, :args.context], conditions,
+                                                 seeds, test.T, args, device, bar)}
+
+        methods = judge(groups, score_run)                    # draws: (N, samples, n, X, Y) mK
+    true = baseline("truth", 0, {"draws": truth[:, None, args.context:]})
+    true["look"] = {"color": "k", "ls": "-"}
+    last = truth[:, None, args.context - 1:args.context].repeat(args.slices, 2)
+    methods = [true, *methods, baseline("last given slice", 0, {"draws": last})]
+    out = report_path(args)
+    rows = [row for _, row, _ in starts]
+    z = np.array([store.redshifts[row, t:t + length] for _, row, t in starts])
+    arrays = {"name": [name for name, _ in places], "start": [t for _, t in places], "truth": truth,
+              "redshifts": z, "parameters": store.parameters[rows]}
+    with writing(f"{out}.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, **{f"generated {m['name']}": m["draws"] for m in methods[1:-1]})
+    print(f"written: {out}.npz")
+    settings = {k: getattr(args, k) for k in ("split", "context", "slices", "slide", "samples",
+                                              "seed", "method", "steps")}
+    report = {"command": args.command, "settings": settings | {"data": str(test.path)}, "rows": []}
+    panels = []
+    for redshift in dict.fromkeys(z for z, _, _ in starts):
+        here = [i for i, start in enumerate(starts) if start[0] == redshift]
+        panels.append(compare_slices(redshift, methods, truth, here, store.cell_sky,
+                                     first["patch"]))
+        report["rows"] += panels[-1]["rows"]
+        show_panel(panels[-1])
+    write_report(f"{out}.json", report)
+    draw_statistics(panels, methods, f"{out}-statistics")
+    for number, row in enumerate(Counter(rows).most_common(args.figures), 1):    # at most redshifts
+        for i in np.flatnonzero(np.array(rows) == row[0]):
+            draw_slices(methods, truth[i], z[i], i, store.cell_sky, store.parameters[row[0]],
+                        f"{out}-slices-{number}-z{starts[i][0]:g}")
+
+
+EVOLUTION = ["lag1", "lag5", "edge_jump", "structure_variance", "structure_vs_truth", "mean", "std"]
+
+
+def evolution(given, new, truth, p):
+    """How structure in patches evolves: given (S, X, Y), new (samples, n, X, Y), true (n, X, Y)
+    slices, normalised -> lag1, lag5, edge_jump, structure_variance, structure_vs_truth, and that
+    slice by slice, "followed" (n,). NaN where nothing fluctuates or there are too few slices."""
+    S = len(given)
+    u = structure(torch.cat((given.expand(len(new), -1, -1, -1), new), 1), p).flatten(2)
+    x = structure(truth, p).flatten(1).expand(len(new), -1, -1)               # (samples, n, cells)
+    fresh = u[:, S:]
+    found = {}
+    for lag in (1, 5):
+        now = u[:, max(S, lag):]
+        then = u[:, max(S, lag) - lag:-lag]
+        found[f"lag{lag}"] = correlation((now * then).sum(), (now**2).sum(), (then**2).sum())
+    steps = torch.stack((new.diff(dim=-1), new.mT.diff(dim=-1))).square()     # (2, .., X, X - 1)
+    across = torch.arange(1, new.shape[-1]) % p == 0
+    found["edge_jump"] = (steps[..., across].mean() / steps[..., ~across].mean()).sqrt()
+    found["structure_variance"] = fresh.square().mean()
+    products = [(a * b).sum((0, 2)) for a, b in ((fresh, x), (fresh, fresh), (x, x))]
+    found["structure_vs_truth"] = correlation(*(product.sum() for product in products))
+    found["followed"] = correlation(*products)
+    return {k: v.numpy() for k, v in found.items()}
+
+
+def compare_slices(redshift, methods, truth, here, cell, p):
+    """Statistics of all methods at one redshift -> k (K,) in 1/Mpc, edges of bins of T_b, found: of
+    each method, by lightcone (m, ..), power (K) in mK^2, that of the normalised field, density of
+    T_b, mean and std of T_b in mK, and what `evolution` finds; rows of the report.
+
+    truth (N, S + n, X, Y): given and true slices of all starts; here: those at this redshift."""
+    n = methods[0]["draws"].shape[2]
+    low, high = np.quantile(truth[here, -n:].astype(np.float32), [0.001, 0.999])
+    margin = 0.2 * (high - low) + 0.5
+    edges = np.linspace(low - margin, high + margin, 61)
+    panel = {"redshift": redshift, "edges": edges, "found": [], "rows": []}
+    for m in methods:
+        found = []
+        for i in here:
+            cubes = torch.from_numpy(m["draws"][i]).float()   # (samples, n, X, Y)
+            scaled = normalise(cubes)
+            seen = normalise(torch.from_numpy(truth[i]).float())
+            panel["k"], power = power_spectrum(cubes.flatten(0, 1).numpy(), cell)
+            density, _ = np.histogram(cubes, edges)
+            _, normalised = power_spectrum(scaled.flatten(0, 1).numpy(), cell)
+            found.append({"power": power, "normalised": normalised, "mean": cubes.mean(),
+                          "std": cubes.std(), "density": density / cubes.numel() / np.diff(edges),
+                          **evolution(seen[:-n], scaled, seen[-n:],
+                                      m["settings"].get("patch", p))})
+        panel["found"].append({key: np.array([f[key] for f in found]) for key in found[0]})
+    true = panel["found"][0]
+    for m, f in zip(methods, panel["found"]):
+        values = {key: f[key] for key in EVOLUTION}
+        values |= {f"structure_vs_truth {s}": v for s, v in enumerate(f["followed"].T, 1)}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for key in ("power", "normalised"):
+                f[f"{key} ratio"] = f[key] / true[key].mean(0)                    # (m, K)
+                values |= {f"{key} {k:.2g}": v for k, v in zip(panel["k"], f[f"{key} ratio"].T)}
+            within = np.abs(np.log2(f["power ratio"].mean(0))) <= 1
+        panel["rows"].append(row_of(m, len(here), values, z=redshift, k=panel["k"],
+                                    power=f["power"].mean(0), within=int(within.sum())))
+    return panel
+
+
+def show_panel(panel):
+    """The tables of one redshift."""
+    title = f"from z = {panel['redshift']:g} on, structure in patches (normalised), T_b [mK]"
+    show(panel, EVOLUTION, title)
+    for key, of in (("power", "T_b"), ("normalised", "the normalised field")):
+        measures = [f"{key} {k:.2g}" for k in panel["k"]]
+        show(panel, measures, f"power of {of} over the truth's by k [1/Mpc] (within: bins of k "
+             "where that of T_b is within a factor 2)", 2, ("within",))
+
+
+def draw_statistics(panels, methods, name):
+    """A column for each redshift: power spectra, their ratio to the truth (grey: a factor 2), the
+    distribution of T_b, correlation of structure with the truth by slice. Lines are means over
+    lightcones, bands hold the central 68% of them, from ten on."""
+    labels = (r"$k_\perp^2 P(k_\perp) / 2\pi$ [mK$^2$]", "power / true power", "density [1/mK]",
+              "correlation of structure\nwith the truth")
+    with figure(name, 4, len(panels), (3 * len(panels) + 1, 10), height_ratios=[3, 2, 3, 2],
+                squeeze=False, sharey="row") as axes:
+        for panel, column in zip(panels, axes.T):
+            k = panel["k"]
+            middles = (panel["edges"][1:] + panel["edges"][:-1]) / 2
+            n = len(panel["found"][0]["mean"])
+            column[1].axhspan(0.5, 2, color="0.9")
+            for m, f in zip(methods, panel["found"]):
+                slices = 1 + np.arange(f["followed"].shape[1])
+                lines = (k, f["power"]), (k, f["power ratio"]), (middles, f["density"]), \
+                    (slices, f["followed"])
+                for ax, (x, values) in zip(column, lines):
+                    ax.plot(x, np.nanmean(values, 0), **m["look"], label=m["name"])
+                    if n >= 10:
+                        ax.fill_between(x, *np.nanquantile(values, [0.16, 0.84], axis=0), lw=0,
+                                        color=m["look"]["color"], alpha=0.15)
+            for ax in column[:2]:
+                ax.set(xscale="log", yscale="log", xlabel=r"$k_\perp$ [Mpc$^{-1}$]")
+                ax.set_xticks([k[0], k[-1]], [f"{k[0]:.2g}", f"{k[-1]:.2g}"])
+                ax.xaxis.set_minor_formatter("")
+            top = max(f["density"].mean(0).max() for f in panel["found"])
+            column[2].set(yscale="log", ylim=(top * 1e-4, top * 2), xlabel="$T_b$ [mK]")
+            column[3].set(xlabel="generated slice", ylim=(-0.3, 1.05))
+            column[0].set_title(f"from z = {panel['redshift']:g} (lightcones: {n})")
+            for ax, label in zip(column, labels):
+                ax.grid(alpha=0.3)
+                if ax in axes[:, 0]:
+                    ax.set_ylabel(label)
+        legend(axes[0, 0], "lines: means over lightcones; bands, from ten on: central 68% of them")
+
+
+def tell_apart(values):
+    """Numbers as strings, with as many decimals as tell them apart, four at most."""
+    for digits in range(1, 5):
+        texts = [f"{v:.{digits}f}" for v in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
+
+
+def draw_slices(methods, truth, z, i, cell, parameters, name):
+    """One lightcone from one start i: the last given slice, the first, the middle and the last
+    generated one, and a section along the line of sight (given slices left of the green line);
+    above the true ones, below up to two samples of each group. truth (S + n, X, Y) mK, z (S + n,),
+    cell in Mpc.
+
+    T_b in the colours of the field, black at zero, over the range of the true slices; magenta is
+    above it and grey below."""
+    from matplotlib.colors import TwoSlopeNorm
+    shown = []
+    for m in methods[:-1]:
+        several = m["draws"].shape[1] > 1
+        shown += [(f"{m['name']} ({k})" if several else m["name"], cube)
+                  for k, cube in enumerate(m["draws"][i, :2], 1)]
+    n = len(shown[0][1])
+    S = len(truth) - n
+    at = [S - 1, *sorted({S, S + n // 2, S + n - 1})]
+    low, high = np.quantile(truth.astype(np.float32), [0.001, 0.999])
+    look = {"norm": TwoSlopeNorm(0, min(low, -20), max(high, 20)), "interpolation": "nearest",
+            "cmap": eor_colours().with_extremes(under="0.6", over="magenta")}
+    with figure(name, len(shown), len(at) + 1, (9, 1.4 + 1.4 * len(shown)), squeeze=False,
+                width_ratios=[1] * len(at) + [2]) as axes:
+        for row, (label, cube) in zip(axes, shown):
+            cube = np.concatenate((truth[:S], cube)).astype(np.float32)           # (S + n, X, Y)
+            for ax, s in zip(row, at):
+                drawn = ax.imshow(cube[s], **look)
+            row[-1].imshow(cube[:, 0].T, aspect="auto", **look)
+            row[-1].axvline(S - 0.5, color=COLOURS[3], lw=2)
+            row[0].set_ylabel(label, fontsize=8)
+            for ax in row:
+                ax.set(xticks=[], yticks=[])
+        for ax, s, redshift in zip(axes[0], at, tell_apart(z[at])):
+            which = f"slice {s - S + 1}" if s >= S else "given"
+            ax.set_title(f"{which}\nz = {redshift}", fontsize=8)
+        row[0].set_xlabel(f"$\\leftarrow$ {truth.shape[2] * cell:.0f} Mpc $\\rightarrow$")
+        ends = [0, S, S + n - 1]
+        row[-1].set_xticks(ends, tell_apart(z[ends]))
+        row[-1].set_xlabel("redshift (time runs to the right)")
+        axes[0, -1].set_title("section; left of the line: given", fontsize=8)
+        values = [f"{SYMBOLS[j]} = {v:.{DIGITS[j]}f} {UNITS[j]}".strip()
+                  for j, v in enumerate(parameters)]
+        row[0].figure.suptitle(", ".join(values), fontsize=8)
+        scale = look["norm"]
+        row[0].figure.colorbar(drawn, ax=axes, label="$T_b$ [mK]", extend="both", aspect=30,
+                               ticks=np.fix([scale.vmin, scale.vmin / 2, 0, scale.vmax]))
+
+
 # -------------------------------------------------------------------------------------------------
 # Command line
 
@@ -1651,6 +2611,37 @@ def main(argv=None):
                  "private"],
                 out={"metavar": "DIR", "required": True, "help": "a new directory to write"},
                 base={"help": "16-bit model to merge into; default: the run's base"})
+    held_out = {"choices": ["validation", "test"],
+                "help": "lightcones to judge on; validation also chose each run's best step"}
+    add_command(commands, regress, "six parameters from the global 21cm signal: errors, "
+                "calibration; your own lightcone",
+                ["runs", "lightcone", "split", "data", "samples", "seed", "batch_size", "device",
+                 "out"], split=held_out,
+                runs={"help": "run directories of train_l3m.py regress"},
+                data={"help": "store, or .npz of signals; default: the runs' own"},
+                samples={"type": COUNT, "default": 50, "help": "draws from the Gaussian of each "
+                         "lightcone, for the figure of prediction against truth"},
+                seed={"help": "of these draws"},
+                batch_size={"default": 64, "help": "signals at a time; changes memory and speed "
+                            "only"},
+                out={"metavar": "NAME", "help": "NAME.json, NAME-loss.png, ...; default: "
+                     "regress-SPLIT in the run's directory, or beside the first's for several; "
+                     "with --lightcone NAME-FILE.json and .png, default posterior-FILE"})
+    slice_runs = {"help": "run directories of train_l3m.py generate; those that differ by the "
+                  "seed only count as one"}
+    slice_data = {"help": "store of data_lightcone.py; default: the runs' own"}
+    slice_out = {"metavar": "NAME", "help": "NAME.json, NAME-....png; default: COMMAND-SPLIT in "
+                 "the run's directory, or beside the first's for several"}
+    add_command(commands, next_patch, "lightcone slices: the next patch given the truth before it",
+                ["runs", *SLICES, "max_windows"], runs=slice_runs, split=held_out, data=slice_data,
+                seed={"help": "of the choice of windows, and of the noise, which all runs share"},
+                batch_size={"default": 8, "help": "windows at a time"}, out=slice_out)
+    add_command(commands, generate, "lightcone slices generated on their own, beside the truth",
+                ["runs", *SLICES, "context", "slices", "slide", "samples", "lightcones",
+                 "redshifts", "figures"], runs=slice_runs, split=held_out, data=slice_data,
+                seed={"help": "of the choice of lightcones, and of the noise that all runs share"},
+                samples={"type": COUNT, "default": 1, "help": "continuations of each lightcone"},
+                batch_size={"help": "lightcones at a time"}, out=slice_out)
     args = parser.parse_args(argv)
     function = args.function
     del args.function                                         # a report keeps the rest

@@ -57,7 +57,7 @@ def test_encoder_against_transformers(tiny_encoder):
     encoder = nano_eval.load_encoder(str(directory))
     assert len(encoder.tokenizer.encode(TEXTS[3]).ids) == 514 - nano_eval.FIRST_POSITION[encoder.config["model_type"]]     # its positions
     assert len(encoder.tokenizer.encode("w1").ids) == 3       # not padded
-    ours = nano_eval.embed(encoder, TEXTS, batch_size=3)
+    ours = nano_eval.embed(encoder, TEXTS, 600)
     assert ours.shape == (5, 48) and (ours - oracle(model, encoder, TEXTS)).abs().max() < 1e-5
 
 
@@ -233,6 +233,8 @@ def test_refusals(tiny, tmp_path, capsys):
     assert "none.jsonl is not there: give the file" in error("signatures", tmp_path / "none.jsonl")
     assert "is a directory: give the file" in error("signatures", tmp_path)
     (tmp_path / "empty.jsonl").write_text('{"id": 1')
+    assert "empty.jsonl, line 1: it is no JSON" in error("signatures", tmp_path / "empty.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
     assert "holds no completion" in error("signatures", tmp_path / "empty.jsonl")
 
 
