@@ -671,12 +671,15 @@ def write_completions(out, models, abstracts, args):
 def append_lines(file, records):
     """Append records to an unbuffered file, and see that they are on disk."""
     lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    before = os.fstat(file.fileno()).st_size
     try:
         if file.write(lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if os.path.isfile(file.name):
             os.fsync(file.fileno())
     except OSError as e:
+        if os.path.isfile(file.name):
+            os.truncate(file.name, before)
         raise OSError(f"{file.name} could not be written ({e.strerror}); the completions in it are "
                       "whole: free some space, then the same command goes on") from e
 
