@@ -1895,8 +1895,8 @@ def read_own(path, settings, data):
     deep = depth / lightcone.cell_los                         # in bins
     if deep > len(z) + 0.5:
         raise ValueError(f"{path}: {len(z)} line-of-sight bins of {lightcone.cell_los:.2f} Mpc; "
-                         f"the run needs {depth:.0f} Mpc from low z on, as its own lightcones have: "
-                         "make a longer one")
+                         f"the run needs {depth:.0f} Mpc from low z on, as its own lightcones "
+                         "have: make a longer one")
     mean = lightcone.cube.mean((1, 2), dtype=np.float64)[::-1]               # (T, X, Y) -> (T,) mK
     edges = np.linspace(0, min(deep, len(z)), tokens + 1)
     sums = np.interp(edges, np.arange(len(z) + 1), np.cumsum([0, *mean]))
