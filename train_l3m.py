@@ -108,6 +108,8 @@ def arguments(argv=None):
     r = experiments.add_parser(
         "regress", help="six parameters from the sky-averaged signal", formatter_class=Help,
         description="Regress the six parameters of a lightcone from its sky-averaged 21cm signal.")
+    shared_flags(r, "lightcones", batch=1024, epochs="1500; references 40000", warmup=100,
+                 decay=100, dropout=0.001, micro="its whole share", checkpoint=500)
     add = r.add_argument
     add("--prompt", choices=list(PROMPTS), default="minimal",
         help="what surrounds the signal; the chat prompts need a base that knows ChatML")
@@ -117,12 +119,13 @@ def arguments(argv=None):
         help="normalise signals by the constants that L3M released, not by the training set")
     add("--causal", action=argparse.BooleanOptionalAction,
         help="references: with a causal mask, as the released code has it (default: without)")
-    shared_flags(r, "lightcones", batch=1024, epochs="1500; references 40000", warmup=100,
-                 decay=100, dropout=0.001, micro="its whole share", checkpoint=500)
     g = experiments.add_parser(
         "generate", help="lightcones slice by slice", formatter_class=Help,
         description="Learn to continue a lightcone slice by slice, patch by patch, by conditional "
                     "flow matching.")
+    shared_flags(g, f"sublightcones ({WINDOW} slices)", batch=64, epochs="20", warmup=1, decay=2,
+                 dropout=0.01, checkpoint=200,
+                 micro=f"about {PATCHES['cuda']} patches of 14 x 14; on a CPU {PATCHES['cpu']}")
     add = g.add_argument
     add("--tune", choices=["full", "lora"],
         help="of the backbone: all its weights, or adapters on all seven projections and the norms "
@@ -138,9 +141,6 @@ def arguments(argv=None):
              "bfloat16 where it is fast")
     add("--eval-samples", type=bounded(int, 0), default=1024,
         help="sublightcones of a validation; 0: all")
-    shared_flags(g, f"sublightcones ({WINDOW} slices)", batch=64, epochs="20", warmup=1, decay=2,
-                 dropout=0.01, checkpoint=200,
-                 micro=f"about {PATCHES['cuda']} patches of 14 x 14; on a CPU {PATCHES['cpu']}")
     args = p.parse_args(argv)
     complete(args, {"regress": r, "generate": g}[args.experiment].error)
     return args
