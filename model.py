@@ -54,12 +54,10 @@ def reading(path, advice="get or make it again"):
     """Whatever goes wrong inside, as `path` is read, becomes a ValueError: file, reason, advice."""
     try:
         yield Path(path)
-    except MemoryError:
-        raise
     except Exception as e:
         if isinstance(e, ValueError) and str(e).startswith(str(path)):        # has been said
             raise
-        reason = str(e).partition("\n")[0] or type(e).__name__
+        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0] or type(e).__name__
         if isinstance(e, FileNotFoundError):
             reason = "is not there"
         elif isinstance(e, KeyError):
