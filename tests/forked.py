@@ -20,6 +20,7 @@ import conftest                                               # the project on t
 import h5py
 import numpy as np
 import torch
+import contextlib
 
 MODULES = ("data_arxiv", "data_lightcone", "train_lm", "train_l3m", "eval")
 GB = 10**9
@@ -62,8 +63,10 @@ def load_modules():
 
 def save_blank(figure, path, **how):
     """In place of drawing, which takes seconds."""
-    with open(path, "wb") as file:
-        file.write(bytes(20_000))
+    if hasattr(path, "write"):
+        path.write(bytes(20_000))
+    else:
+        Path(path).write_bytes(bytes(20_000))
 
 
 def program(command):
@@ -115,10 +118,8 @@ def kill(pid):
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:                                # it has ended, or has not come as far as setsid
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def finish(pid, outputs, seconds=60.0):
@@ -179,29 +180,29 @@ def write_native(path, version):
     cube = (signal_of(z) * (1 + 0.1 * np.random.default_rng(1).standard_normal((6, 6, 120)))).astype("f4")
     nodes = np.geomspace(5.95, 36, 20)[::-1] - 1
     neutral = 1 / (1 + np.exp(-(nodes - 7.8) / 0.35))
-    astro = dict(HII_EFF_FACTOR=30.0, ION_Tvir_MIN=4.7, L_X=40.0, NU_X_THRESH=500.0)
-    cosmo = dict(OMm=0.31, OMb=0.04897, hlittle=0.6766, POWER_INDEX=0.9665)
-    box = dict(BOX_LEN=60.0, HII_DIM=6, DIM=18)
+    astro = {"HII_EFF_FACTOR": 30.0, "ION_Tvir_MIN": 4.7, "L_X": 40.0, "NU_X_THRESH": 500.0}
+    cosmo = {"OMm": 0.31, "OMb": 0.04897, "hlittle": 0.6766, "POWER_INDEX": 0.9665}
+    box = {"BOX_LEN": 60.0, "HII_DIM": 6, "DIM": 18}
     with h5py.File(path, "w") as file:
         if version == 3:
-            file.attrs.update(dict(random_seed=7, redshift=5.0, version="3.4.0"))
-            file.create_group("_globals").attrs.update(dict(P_CUTOFF=True, M_WDM=3.0))
+            file.attrs.update({"random_seed": 7, "redshift": 5.0, "version": "3.4.0"})
+            file.create_group("_globals").attrs.update({"P_CUTOFF": True, "M_WDM": 3.0})
             file.create_group("astro_params").attrs.update(astro)
-            file.create_group("cosmo_params").attrs.update(cosmo | dict(SIGMA_8=0.8102))
+            file.create_group("cosmo_params").attrs.update(cosmo | {"SIGMA_8": 0.8102})
             file.create_group("flag_options").attrs.update(
-                dict(USE_TS_FLUCT=True, USE_MASS_DEPENDENT_ZETA=False, M_MIN_in_Mass=False, USE_MINI_HALOS=False))
+                {"USE_TS_FLUCT": True, "USE_MASS_DEPENDENT_ZETA": False, "M_MIN_in_Mass": False, "USE_MINI_HALOS": False})
             file.create_group("user_params").attrs.update(box)
             file["distances"] = distances
             file["node_redshifts"] = nodes
         else:
-            file.attrs.update(dict(lightcone=True, last_completed_node=-1, last_completed_lcidx=-1, lowz_buffer_pixels=0,
-                                   highz_buffer_pixels=0, __version__="4.1.1"))
+            file.attrs.update({"lightcone": True, "last_completed_node": -1, "last_completed_lcidx": -1, "lowz_buffer_pixels": 0,
+                                   "highz_buffer_pixels": 0, "__version__": "4.1.1"})
             inputs = file.create_group("InputParameters")
             inputs.attrs["random_seed"] = 7
             inputs["node_redshifts"] = nodes
             inputs.create_group("astro_params").attrs.update(astro)
-            inputs.create_group("astro_options").attrs.update(dict(USE_TS_FLUCT=True, M_MIN_in_Mass=False, USE_MINI_HALOS=False))
-            inputs.create_group("matter_options").attrs.update(dict(SOURCE_MODEL="CONST-ION-EFF"))
+            inputs.create_group("astro_options").attrs.update({"USE_TS_FLUCT": True, "M_MIN_in_Mass": False, "USE_MINI_HALOS": False})
+            inputs.create_group("matter_options").attrs.update({"SOURCE_MODEL": "CONST-ION-EFF"})
             inputs.create_group("cosmo_params").attrs.update(cosmo)
             inputs.create_group("simulation_options").attrs.update(box)
             file["lightcone_distances"] = distances
@@ -235,7 +236,7 @@ def write_npz(root):
     nodes = np.geomspace(5.95, 36, 20)[::-1] - 1
     neutral = 1 / (1 + np.exp(-(nodes - 7.8) / 0.35))
     grid = np.linspace(4.9, 39, 30000)
-    distances = comoving(5.0, 0.31, 0.6766) + 10 * np.arange(94)
+    distances = comoving(5.0, 0.31, 0.6766) + 3357.142857 / 94 * np.arange(94)     # as simulate --bins 94
     z_of_cube = np.interp(distances, comoving(grid, 0.31, 0.6766), grid)
     parameters = dict(zip(names, (3.0, 0.31, 40.0, 500.0, 4.7, 30.0)))
     for k in range(6):
@@ -272,17 +273,17 @@ def write_encoder(directory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = dict(model_type="bert", architectures=["BertModel"], vocab_size=len(words), hidden_size=16, num_hidden_layers=2,
-                  num_attention_heads=2, intermediate_size=24, max_position_embeddings=64, type_vocab_size=2,
-                  layer_norm_eps=1e-12, hidden_act="gelu", position_embedding_type="absolute", pad_token_id=0)
-    pooling = dict(word_embedding_dimension=16, pooling_mode_cls_token=False, pooling_mode_mean_tokens=True,
-                   pooling_mode_max_tokens=False, pooling_mode_mean_sqrt_len_tokens=False)
+    config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2,
+                  "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64, "type_vocab_size": 2,
+                  "layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute", "pad_token_id": 0}
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True,
+                   "pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
     modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
                for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")])]
     (directory / "1_Pooling").mkdir()
     for name, content in [("config.json", config), ("modules.json", modules), ("1_Pooling/config.json", pooling),
-                          ("sentence_bert_config.json", dict(max_seq_length=None, do_lower_case=False)),
-                          ("tokenizer_config.json", dict(model_max_length=32, do_lower_case=False))]:
+                          ("sentence_bert_config.json", {"max_seq_length": None, "do_lower_case": False}),
+                          ("tokenizer_config.json", {"model_max_length": 32, "do_lower_case": False})]:
         (directory / name).write_text(json.dumps(content, indent=1))
     shapes = {"embeddings.word_embeddings.weight": (len(words), 16), "embeddings.position_embeddings.weight": (64, 16),
               "embeddings.token_type_embeddings.weight": (2, 16), "embeddings.LayerNorm.weight": (16,), "embeddings.LayerNorm.bias": (16,),
