@@ -245,14 +245,14 @@ def save_adapter(model, directory, base=None):
 
 def read_adapter_config(path):
     """adapter_config.json -> its dictionary; ValueError for what is not computed here, by name."""
-    with reading(path, "it must be a LoRA adapter in peft's format") as path:
+    with reading(path, "only plain LoRA in peft's format is computed here") as path:
         config = json.loads(path.read_bytes())
         for key, value in config.items():
             if value and key not in COMPUTED | HARMLESS:
-                raise ValueError(f"{key} is set; only plain LoRA is computed here")
+                raise ValueError(f"{key} is set")
         kind = (config.get("peft_type"), config.get("bias") or "none")
         if kind != ("LORA", "none"):
-            raise ValueError(f"{kind[0]} with bias {kind[1]}; only plain LoRA is computed here")
+            raise ValueError(f"{kind[0]} with bias {kind[1]}")
         start = config.get("init_lora_weights")
         if start not in (None, True, False, "gaussian", "orthogonal"):
             raise ValueError(
@@ -293,13 +293,18 @@ def load_adapter(model, directory):
     layers = linear_layers(model)
     only = config.get("layers_to_transform")
     only = [only] if isinstance(only, int) else only
+    targets = {}
     with reading(path, "is it for another base?"):
         for name in ("lm_head", "model.embed_tokens"):
             if matches(name, config["target_modules"]):
                 raise ValueError(f"it adapts {name}, which is not computed here")
-        targets = [name for name in layers if matches(name, config["target_modules"])
-                   and not matches(name, config.get("exclude_modules"))
-                   and (only is None or int(name.split(".")[2]) in only)]
+        for name in layers:
+            chosen = matches(name, config["target_modules"])
+            chosen = chosen and not matches(name, config.get("exclude_modules"))
+            if chosen and (only is None or int(name.split(".")[2]) in only):
+                rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))
+                alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+                targets[name] = (rank, alpha)
     tensors = read_adapter_tensors(directory)
     expected = {f"{PREFIX}{name}.lora_{which}.weight" for name in targets for which in "AB"}
     lacking = sorted(expected - tensors.keys())
@@ -308,12 +313,10 @@ def load_adapter(model, directory):
         raise ValueError(f"the adapter in {directory} lacks {len(lacking)} tensors that its "
                          f"target_modules ask for {lacking[:2]} and holds {len(others)} others "
                          f"{others[:2]}; is it for another base?")
-    for name in targets:
+    for name, (rank, alpha) in targets.items():
         A, B = (tensors[f"{PREFIX}{name}.lora_{which}.weight"] for which in "AB")
-        rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))
-        alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         if config.get("use_rslora"):                          # alpha / sqrt r for alpha / r
-            alpha *= math.sqrt(rank)
+            alpha *= math.sqrt(len(A))
         try:
             if len(A) != rank:
                 raise ValueError(f"lora_A has rank {len(A)}, adapter_config.json says {rank}")

@@ -255,26 +255,25 @@ def from_bitsandbytes(tensors, name):
         shape = torch.Size(state["shape"])
         offset = float(state["nested_offset"])
         blocks = (state["blocksize"], state["nested_blocksize"])
+        kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         q = NF4Weight(tensors[""].reshape(-1).view(torch.uint8), tensors["absmax"],
-                      tensors["nested_absmax"], torch.tensor(offset), shape,
-                      {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16)}
-                      ["torch." + state["dtype"]])
+                      tensors["nested_absmax"], torch.tensor(offset), shape, kinds[state["dtype"]])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{name}: the quant_state of this 4-bit weight cannot be read ({e}); get "
                          "the checkpoint again") from None
-    same = torch.equal(tensors["quant_map"].float(), NF4)
     nested_map = tensors["nested_quant_map"].float()
-    same = same and nested_map.shape == DYNAMIC.shape
-    if blocks != (BLOCK, NESTED) or not same or not torch.allclose(nested_map, DYNAMIC, atol=1e-7):
+    same_map = nested_map.shape == DYNAMIC.shape and torch.allclose(nested_map, DYNAMIC, atol=1e-7)
+    same_map = same_map and torch.equal(tensors["quant_map"].float(), NF4)
+    if blocks != (BLOCK, NESTED) or not same_map:
         raise ValueError(f"{name}: 4-bit blocks of {blocks} or another codebook; only NF4 with "
                          f"blocks of {BLOCK} and {NESTED} is read")
-    m = -(-shape.numel() // BLOCK)
-    sizes = [(len(q.packed), q.absmax.shape, q.nested_absmax.shape), (q.absmax.dtype,
-              q.nested_absmax.dtype)]
-    fit = [(-(-shape.numel() // 2), (m,), (-(-m // NESTED),)), (torch.uint8, torch.float32)]
-    if sizes != fit:
-        raise ValueError(f"{name}: the sizes of the 4-bit tensors do not fit the shape "
-                         f"{tuple(shape)}; get the checkpoint again")
+    n = shape.numel()
+    m = -(-n // BLOCK)
+    for part, size, kind in ((q.packed, -(-n // 2), torch.uint8), (q.absmax, m, torch.uint8),
+                             (q.nested_absmax, -(-m // NESTED), torch.float32)):
+        if part.shape != (size,) or part.dtype != kind:
+            raise ValueError(f"{name}: the sizes of the 4-bit tensors do not fit the shape "
+                             f"{tuple(shape)}; get the checkpoint again")
     if not (math.isfinite(offset) and q.nested_absmax.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged, get it "
                          "again")

@@ -81,8 +81,8 @@ def main():
                     "--max-steps", str(args.steps), "--out", args.out, *common], check=True)
     subprocess.run([sys.executable, ROOT / "eval.py", "perplexity", args.out, "--quantize", "nf4", "--samples", str(args.samples), "--device", "cpu",
                     "--dtype", args.dtype, "--json", f"{args.out}/nf4.json"], check=True)
-    ours = [m["loss"] for m in map(json.loads, open(f"{args.out}/metrics.jsonl")) if "loss" in m]
-    mine = json.load(open(f"{args.out}/nf4.json"))["models"][1]["perplexity"]
+    ours = [m["loss"] for m in map(json.loads, Path(args.out, "metrics.jsonl").read_text().splitlines()) if "loss" in m]
+    mine = json.loads(Path(args.out, "nf4.json").read_text())["rows"][1]["values"]["perplexity"]
     assert list(mine) == theirs["ids"]
     difference = max(abs(a - b) for a, b in zip(ours, theirs["losses"], strict=True))
     a, b = np.mean(list(mine.values())), np.mean(theirs["perplexity"])

@@ -111,7 +111,7 @@ def test_bad_input(base, tmp_path):
     model = ours(base)
     with pytest.raises(ValueError, match="'w_proj'.*down_proj"):
         inject(model, ["q_proj", "w_proj"])
-    with pytest.raises(ValueError, match="adapter_config.json: is not there; it must be a LoRA adapter"):
+    with pytest.raises(ValueError, match="adapter_config.json: is not there; only plain LoRA"):
         load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapter(model, tmp_path)
@@ -181,7 +181,7 @@ def test_every_field_of_peft_is_known(base, tmp_path):
     ({"lora_dropout": 1.0}, "lora_dropout 1.0"), ({"lora_dropout": "0"}, "lora_dropout '0'"), ({"target_modules": ["q_proj"]}, "holds 4 others .*up_proj.lora_A.weight"),
     ({"target_modules": ["q_proj", "up_proj", "k_proj"]}, "lacks 4 .*k_proj.lora_A.weight"), ({"target_modules": ["q_proj", "up_proj", "lm_head"]}, "it adapts lm_head"),
     ({"target_modules": ["q_proj", "embed_tokens"]}, "it adapts model.embed_tokens"), ({"target_modules": "("}, "adapter_config.json"), ({"target_modules": None}, "holds 8 others"),
-    ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is set"), ({"rank_pattern": {"q_proj": 2}}, "says 2"), ({"modules_to_save": ["lm_head"]}, "modules_to_save is set")])
+    ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is set"), ({"rank_pattern": {"q_proj": 2}}, "says 2"), ({"rank_pattern": [2]}, "adapter_config.json"), ({"alpha_pattern": {"(": 2}}, "adapter_config.json"), ({"r": "4", "use_rslora": True}, "says 4"), ({"modules_to_save": ["lm_head"]}, "modules_to_save is set")])
 def test_config_unlike_the_tensors(base, tmp_path, change, named):
     plain(base, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -250,7 +250,7 @@ def test_branch_is_plain_lora(p, monkeypatch):
         keep = keep if where is None else keep.index_fill(0, where, 0)
         if chosen == "mask" and where is not None:
             where = keep.view(-1, 48) == 0
-        monkeypatch.setattr(lora, "draw_dropped", lambda *_: where)
+        monkeypatch.setattr(lora, "draw_dropped", lambda *_, where=where: where)
         plain = x @ W.T + 3 * (x * keep.view_as(x) / (1 - p)) @ A.T @ B.T
         ours = lora.LoRABranch.apply(x @ W.T, x, A, B, 3.0, p)
         assert torch.allclose(plain, ours, atol=1e-5)

@@ -21,12 +21,12 @@ from conftest import ROOT
 from model import ChunkedNLL, KVCache, generate, load_config, load_pretrained, load_tokenizer, read_config, save_pretrained, token_nll
 from quant import NF4Linear, dequantize_nf4
 
-LLAMA = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
-             head_dim=16, tie_word_embeddings=False, max_position_embeddings=512, initializer_range=0.1,
-             rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                              "original_max_position_embeddings": 32})                    # used at 100 tokens: beyond its original context
-QWEN = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.1)
+LLAMA = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+             "head_dim": 16, "tie_word_embeddings": False, "max_position_embeddings": 512, "initializer_range": 0.1,
+             "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                              "original_max_position_embeddings": 32}}                    # used at 100 tokens: beyond its original context
+QWEN = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "tie_word_embeddings": True, "max_position_embeddings": 512, "initializer_range": 0.1}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "smollm2"])
@@ -77,7 +77,7 @@ def test_sequences_end_to_end(pair):
     close(ours(ids, lengths=torch.tensor(lengths))[0], torch.cat([theirs(part[None]).logits[0] for part in ids[0].split(lengths)]))
     used = KVCache(ours.config, 1, 95, torch.float32, "cpu")
     ours(ids[:, :5], cache=used)
-    for wrong in (dict(lengths=[40, 40]), dict(lengths=[90], cache=used)):
+    for wrong in ({"lengths": [40, 40]}, {"lengths": [90], "cache": used}):
         with pytest.raises(ValueError, match="lengths need one row"):
             ours(ids, **wrong)
 
@@ -338,9 +338,9 @@ def test_first_blocks_and_random_blocks(pair):
         load_pretrained(str(directory), blocks=99)
 
 
-def checkpoint(directory, change=lambda tensors: tensors, config={}):
+def checkpoint(directory, change=lambda tensors: tensors, config=None):
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**LLAMA | config))
+    theirs = LlamaForCausalLM(LlamaConfig(**LLAMA | (config or {})))
     theirs.save_pretrained(directory)
     save_file(change({k: v.contiguous() for k, v in theirs.state_dict().items()}), directory / "model.safetensors")
     return str(directory)
@@ -560,7 +560,7 @@ def test_saved_truncation_and_padding(smollm2, tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(smollm2 / "tokenizer.json"), pad_token="<|im_end|>")
     text = "We study the entropy of black holes in anti-de Sitter space. " * 9
     right = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for options in (dict(truncation=True, max_length=16), dict(truncation=True, padding="max_length", max_length=512)):
+    for options in ({"truncation": True, "max_length": 16}, {"truncation": True, "padding": "max_length", "max_length": 512}):
         tokenizer(text, **options)
         tokenizer.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
@@ -626,7 +626,7 @@ def test_activation_checkpointing_changes_nothing(pair):
     for recompute in (False, True):
         ours.model.checkpoint_activations, kept = recompute, []
         torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             loss = token_nll(ours, ids, [40, 20]).sum()
         ours.zero_grad()
         loss.backward()

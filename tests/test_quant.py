@@ -64,7 +64,7 @@ def test_real_weights(smollm2):
     """All 210 projections of SmolLM2-135M: 1.06 * 10^8 weights."""
     count = 0
     with safe_open(smollm2 / "model.safetensors", "pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118
             if name.endswith("_proj.weight"):
                 weight = file.get_tensor(name)
                 count += weight.numel()
