@@ -346,12 +346,14 @@ def make_snapshot(t):
         records = [json.loads(line) for line in f]
     every = [c for group in SHARES for c in SUBJECTS.get(group, group).split()]
     size = 0
+    turn = 0
     with open(t.snapshot, "wb") as f:
         while size < t.gb * 1e9:
+            turn += 1                                        # an id comes once
             for r, other in zip(records, draw.sample(records, len(records))):
                 group, = draw.choices(list(SHARES), SHARES.values())
                 categories = [draw.choice(SUBJECTS.get(group, group).split()), *draw.sample(every, draw.choice([0, 0, 1, 1, 2, 3]))]
-                line = json.dumps(r | {"categories": " ".join(categories), "license": "http://arxiv.org/licenses/nonexclusive-distrib/1.0/",
+                line = json.dumps(r | {"id": f"{r['id']}.{turn}", "categories": " ".join(categories), "license": "http://arxiv.org/licenses/nonexclusive-distrib/1.0/",
                                        "abstract": f"{r['abstract']}{other['abstract'][:draw.randrange(700)].strip()}\n",
                                        "authors_parsed": r["authors_parsed"] + other["authors_parsed"]}, separators=(",", ":"))
                 size += f.write(line.encode() + b"\n")
