@@ -32,6 +32,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import random
 import re
 import struct
@@ -103,10 +104,11 @@ def reading(path, advice="get or make it again"):
 def writing(path):
     """A temporary path to write to, which takes the place of `path` once it is whole and on disk.
 
-    A reader, or a kill, meets the old file or the new one. What is no regular file, such as
-    /dev/null, is written to directly. Raises OSError, with the file's name, for a full disk."""
+    A reader, or a kill, meets the old file or the new one; no two processes, of one machine or of
+    several, share a temporary one. What is no regular file, such as /dev/null, is written to
+    directly. Raises OSError, with the file's name, for a full disk."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             yield path
@@ -729,8 +731,8 @@ def write_prepared(source, out, kind, categories):
     with writing(out / "manifest.json") as temporary:
         temporary.write_text(json.dumps({**manifest, "seal": seal(manifest)}, indent=1))
     for path in out.iterdir():                                # of the state before, of killed runs
-        ours = re.fullmatch(r"\.?(abstracts|index)-(new|[0-9a-f]{8})\.(jsonl|np[yz])(\.\d+\.tmp)?"
-                            r"|\.manifest\.json\.\d+\.tmp", path.name)
+        ours = re.fullmatch(r"\.?(abstracts|index)-(new|[0-9a-f]{8})\.(jsonl|np[yz])(\..*\.tmp)?"
+                            r"|\.manifest\.json\..*\.tmp", path.name)
         if ours and path.name not in (f"abstracts-{name}.jsonl", f"index-{name}.npy"):
             path.unlink()
     return manifest

@@ -26,6 +26,7 @@ import functools
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import zlib
@@ -69,10 +70,11 @@ def reading(path, advice="get or make it again"):
 def writing(path):
     """A temporary path to write to, which takes the place of `path` once it is whole and on disk.
 
-    A reader, or a kill, meets the old file or the new one. What is no regular file, such as
-    /dev/null, is written to directly. Raises OSError, with the file's name, for a full disk."""
+    A reader, or a kill, meets the old file or the new one; no two processes, of one machine or of
+    several, share a temporary one. What is no regular file, such as /dev/null, is written to
+    directly. Raises OSError, with the file's name, for a full disk."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             yield path
@@ -101,7 +103,7 @@ def new_directory(path):
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
