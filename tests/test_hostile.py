@@ -565,12 +565,15 @@ def parser_of(words):
 WORK = {"--epochs", "--max-steps", "--records", "-n", "--max-new-tokens", "--slices", "--samples", "--steps", "--workers"}
 
 
+def numeric_flags(command):
+    return [action for action in parser_of(shlex.split(COMMANDS[command]))._actions if action.option_strings and action.type]
+
+
 def draw_flags(command, rng):
-    """A number that is none, or out of range, or huge, for a flag that takes numbers; nonsense for one that takes names."""
-    actions = [a for a in parser_of(shlex.split(COMMANDS[command]))._actions if a.option_strings and a.nargs != 0 and not a.choices]
-    action = rng.choice([a for a in actions if a.type] or actions)
+    """What is no number, or out of range, or huge."""
+    action = rng.choice(numeric_flags(command))
     huge = [] if WORK & set(action.option_strings) else ["1000000000000", "123456789012345678901234567890"]
-    return ["flag", action.option_strings[-1], rng.choice(["nan", "inf", "-inf", "-1", "0", "1e30", "1e-30", "text", "", "0.5", "1_0", "--", *huge])]
+    return ["flag", action.option_strings[-1], rng.choice(["nan", "inf", "-inf", "-1", "0", "1e30", "1e-30", "text", "", "0.5", "1_0", *huge])]
 
 
 def draw_paths(command, rng, place):
@@ -591,7 +594,7 @@ def input_file(place, kind):
 def draw(kind, number, seed, place):
     rng = random.Random(f"{seed} {kind} {number}")
     _, form, commands = KINDS[kind]
-    command = rng.choice([c for c in commands if COMMANDS[c].split()[0] in sys.modules])
+    command = rng.choice([c for c in commands if form != "flags" or numeric_flags(c)])
     if form == "flags":
         return [kind, command, *draw_flags(command, rng)]
     if form == "paths":
@@ -649,12 +652,15 @@ def make_inputs(place):
     forked.write_lightcones(place)
     forked.write_encoder(place / "encoder")
     simulate = COMMANDS["simulate"].replace("-n 2", "-n 60").replace("out/", "")
-    for command in (simulate, COMMANDS["train"].replace("out/run", "lm"), COMMANDS["regress"].replace("out/run", "regress"),
+    regress = COMMANDS["regress"].replace("out/run", "regress").replace("--max-steps 3", "--max-steps 40 --lr 1e-2")
+    for command in (simulate, COMMANDS["train"].replace("out/run", "lm"), regress,
                     COMMANDS["generate"].replace("out/run", "generate"), COMMANDS["complete"].replace("out/", "texts/"),
                     COMMANDS["perplexity of a run"].replace("--samples 3 --json out/p.json ", "")):
         attempt(command, place)
     for name in ("train", "regress", "generate"):
         attempt(stop_in_update(COMMANDS[f"{name} resumed"]), place)
+    for name in ("regress", "generate"):                      # lm-stopped can go on from the one before
+        (place / f"{name}-stopped/checkpoint-previous.safetensors").unlink(missing_ok=True)
     for command in ("semscore", "signatures"):
         attempt(COMMANDS[command], place)
     attempt("eval rate texts/c.jsonl", place)
@@ -694,7 +700,11 @@ def listing(place):
     return found
 
 
-def fault(done, kind, named, before, after, writes):
+def same(a, b):
+    return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def fault(done, kind, named, touched, writes):
     """What is wrong about the way in which a command ended; None if nothing is."""
     if done.status is None:
         return f"still running after two minutes; {done.last()[:200]}"
@@ -702,11 +712,10 @@ def fault(done, kind, named, before, after, writes):
         return f"exit status {done.status}: {done.last()[:300]}"
     if done.gigabytes > 1:
         return f"took {done.gigabytes:.1f} GB"
-    touched = [name for name in before | after if before.get(name) != after.get(name)]
-    outside = [name for name in touched if not name.startswith((writes, "out/"))]
+    outside = [name for name in touched if not name.startswith(("out/", *([writes] if isinstance(writes, str) else writes)))]
     if outside:
         return f"touched {outside[:3]}"
-    left = [name for name in after if name.endswith((".tmp", ".partial")) and name not in before]
+    left = [name for name in touched if name.endswith((".tmp", ".partial"))]
     if left:
         return f"left {left[:3]}"
     if done.status == 0:
@@ -723,11 +732,12 @@ def fault(done, kind, named, before, after, writes):
     return None
 
 
-def results_not_finite(place, after, before):
+def results_not_finite(place, touched):
     """Reports of a command that ended well, with NaN in them."""
-    for name in after:
-        if before.get(name) != after[name] and name.endswith((".json", ".jsonl")) and "config" not in name:
-            text = (place / name).read_text()
+    for name in touched:
+        path = place / name
+        if name.endswith((".json", ".jsonl")) and "config" not in name and path.is_file():
+            text = path.read_text()
             if "NaN" in text or "Infinity" in text:
                 return f"exit status 0 with NaN in {name}"
     return None
@@ -737,7 +747,7 @@ def trial(task):
     """Make one mutant and let its command read it -> (mutant, "refused" or "accepted", fault or None, seconds)."""
     inputs, mutant = task
     kind, command, operation_name, *arguments = mutant
-    writes = WRITES.get(command, "out/")
+    writes = WRITES.get(command, "out/")                      # a path's beginning, or several
     line = COMMANDS[command]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanophys-mutant-") as scratch:
@@ -748,6 +758,8 @@ def trial(task):
             line = shlex.join([*shlex.split(line), f"{arguments[0]}={arguments[1]}" if arguments[0].startswith("--") else f"{arguments[0]}{arguments[1]}"])
         elif operation_name == "path":
             line = shlex.join([arguments[1] if word == arguments[0] else word for word in shlex.split(line)])
+            if arguments[0].startswith(("out/", writes.rstrip("/"))):
+                writes = (writes, arguments[1])               # as told
         elif kind != "whole":
             path = input_file(place, kind)
             named = [path.name, f"{path.parent.name}/", path.parent.name]
@@ -758,9 +770,10 @@ def trial(task):
         before = listing(place)
         done = forked.call(limited(line), place, 120)
         after = listing(place)
-        wrong = fault(done, kind, named, before, after, writes)
+        touched = [name for name in before | after if before.get(name) != after.get(name) and not same(inputs / name, place / name)]
+        wrong = fault(done, kind, named, touched, writes)
         if wrong is None and done.status == 0:
-            wrong = results_not_finite(place, after, before)
+            wrong = results_not_finite(place, touched)
     return mutant, "refused" if done.status else "accepted", wrong, time.monotonic() - began
 
 

@@ -205,7 +205,7 @@ def full_disks(inputs, count, only=FULL):
             run(name, place)
             expected = results(place, name)
             sizes = sorted({path.stat().st_size for path in (place / "out").rglob("*") if path.is_file()})
-        limits = sorted({0, *(size - 1 for size in sizes), sizes[-1] // 2})
+        limits = sorted({100, *(size - 1 for size in sizes), sizes[-1] // 2})
         limits = [limits[round(k)] for k in np.linspace(0, len(limits) - 1, min(count, len(limits)))]
         wrong = [fault for fault in (fill_disk(name, inputs, expected, size) for size in limits) if fault]
         print(f"{name:24}disk full at {', '.join(map(str, limits))} bytes, {len(wrong)} faults", *wrong, sep="\n    ", flush=True)
