@@ -1984,10 +1984,10 @@ def draw_corner(draws, truth, z, signal, title, name):
         import corner                                         # after `figure` has chosen a backend
         fig.set_layout_engine(None)                           # corner has its own
         corner.corner(draws, bins=40, smooth=1, color=COLOURS[1], truth_color=COLOURS[2], fig=fig,
-                      labels=[axis_label(j).replace(" [", "\n[") for j in range(6)],
+                      labels=[axis_label(j) for j in range(6)], label_kwargs={"fontsize": 8},
                       truths=[t if k else None for t, k in zip(truth, known)],
                       quantiles=(0.16, 0.84), levels=(0.68, 0.95), plot_datapoints=False,
-                      plot_density=False, fill_contours=True, max_n_ticks=3, labelpad=0.1,
+                      plot_density=False, fill_contours=True, max_n_ticks=3, labelpad=0.05,
                       range=[
                           np.percentile([*draws[:, j], *truth[[j]][known[[j]]]], [0, 100])
                           for j in range(6)])

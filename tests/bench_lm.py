@@ -65,7 +65,7 @@ ALL = ("train", "train_grouped", "nf4", "nf4_grouped", "losses", "losses_nf4", "
 PEERS = ("torch", "transformers", "peft", "bitsandbytes", "unsloth")
 COMMON = ("base", "data", "shape", "blocks", "device", "dtype", "micro_batch", "checkpoint_activations", "snapshot", "gb")    # every process gets these
 OUT_OF_MEMORY = 12                                            # exit status of a measured process
-ADAMW = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+ADAMW = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.1}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LENGTHS = [7, 47, 59, 69, 78, 85, 93, 100, 108, 115, 123, 131, 139, 149, 159, 172, 186, 205, 229, 269, 621]    # tokens of a hep-th abstract of
 # 1992 to 2001 with BOS and EOS, SmolLM2's tokenizer: minimum, 5%, 10% ... maximum of 17,644; drawn from by linear interpolation
@@ -278,7 +278,8 @@ def make_checkpoint(t):
     base.mkdir(parents=True)
     torch.manual_seed(SEED)
     for i, shapes in enumerate(shards.values()):
-        new = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device=t.device)
+        def new(shape):
+            return torch.empty(shape, dtype=torch.bfloat16, device=t.device)
         save_file({name: (new(shape).fill_(1) if len(shape) == 1 else new(shape).normal_(0, 0.02)).cpu() for name, shape in shapes.items()},
                   base / f"model-{i:03}.safetensors", metadata={"format": "pt"})
         index |= dict.fromkeys(shapes, f"model-{i:03}.safetensors")
@@ -334,7 +335,7 @@ def load_nf4_peer(t):
     import bitsandbytes  # noqa: F401    its import is no part of the loading
     import torch
     from transformers import AutoModelForCausalLM
-    options = dict(quantization_config=bitsandbytes_nf4(torch.bfloat16), dtype=torch.bfloat16, device_map=t.device)
+    options = {"quantization_config": bitsandbytes_nf4(torch.bfloat16), "dtype": torch.bfloat16, "device_map": t.device}
     return timed_load(t, lambda: AutoModelForCausalLM.from_pretrained(t.base, **options))
 
 
@@ -509,7 +510,8 @@ def training_batches(draw, args):
     n, R = args.steps + 1, args.repetitions
     plain = [[draw(r * n + k) for k in range(n)] for r in range(R)]
     window = sorted((s for step in range(WINDOW) for s in draw(step)), key=len)
-    cut = lambda x: window[int(x * WINDOW) * args.batch_size:][:args.batch_size]              # x in [0, 1)
+    def cut(x):
+        return window[int(x * WINDOW) * args.batch_size:][:args.batch_size]              # x in [0, 1)
     grouped = [[cut(0.5)] + [cut((k * R + r + 0.5) / (args.steps * R)) for k in range(args.steps)] for r in range(R)]
     return plain, grouped
 
@@ -519,25 +521,25 @@ def plan(args, draw):
     plain, grouped = training_batches(draw, args)
     jobs, wanted, unsloth = [], args.only, args.device == "cuda" and find_spec("unsloth")
     for name, quantize in (("train", None), ("nf4", "nf4")):
-        task = dict(quantize=quantize, dropout=DROPOUT, same_start=False)
+        task = {"quantize": quantize, "dropout": DROPOUT, "same_start": False}
         for r in range(args.repetitions):
-            on = task | dict(batches=plain[r])
+            on = task | {"batches": plain[r]}
             jobs += [(name, "ours", "train_ours", on)] if name in wanted or f"{name}_grouped" in wanted else []
             jobs += [(name, "peer", "train_peer", on)] if name in wanted else []
-            jobs += [(f"{name}_grouped", "peer", "train_peer", task | dict(batches=grouped[r]))] if f"{name}_grouped" in wanted else []
-            jobs += [("nf4_unsloth", "peer", "train_peer", on | dict(library="unsloth"))] if name == "nf4" in wanted and unsloth else []
+            jobs += [(f"{name}_grouped", "peer", "train_peer", task | {"batches": grouped[r]})] if f"{name}_grouped" in wanted else []
+            jobs += [("nf4_unsloth", "peer", "train_peer", on | {"library": "unsloth"})] if name == "nf4" in wanted and unsloth else []
     batches = [draw(step) for step in range(args.loss_steps)]
     for name, quantize in (("losses", None), ("losses_nf4", "nf4")):
-        task = dict(quantize=quantize, dropout=0.0, same_start=True, batches=batches)
+        task = {"quantize": quantize, "dropout": 0.0, "same_start": True, "batches": batches}
         jobs += [(name, side, f"train_{side}", task) for side in SIDES if name in wanted]
     prompts = [s[:max(1, len(s) // 2)] for step in range(args.prompts) for s in draw(step)][:args.prompts]
     for r in range(args.repetitions) if "generate" in wanted else ():
-        task = dict(prompts=prompts, new_tokens=args.new_tokens, seed=SEED + r)
+        task = {"prompts": prompts, "new_tokens": args.new_tokens, "seed": SEED + r}
         jobs += [("generate", side, f"generate_{side}", task) for side in SIDES]
-    physics, every = dict(categories=data_arxiv.CATEGORIES[:3]), dict(categories=data_arxiv.CATEGORIES)
+    physics, every = {"categories": data_arxiv.CATEGORIES[:3]}, {"categories": data_arxiv.CATEGORIES}
     for name, function, task in (("load", "load_nf4", {}), ("prepare", "prepare", physics), ("prepare_all", "prepare", every),
                                  ("dequantise", "dequantise", {})):
-        for r in range(args.repetitions) if name in wanted else ():
+        for _ in range(args.repetitions) if name in wanted else ():
             jobs += [(name, side, f"{function}_{side}", task) for side in SIDES]
     return jobs
 

@@ -298,12 +298,12 @@ def edit(out, **changes):
     (out / "config.json").write_text(json.dumps(config))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(chatty, signals, undisturbed, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(chatty, signals, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    train_l3m.main(flags(chatty, signals, tmp_path / "run", "--resume"))
-    assert "checkpoint.safetensors" in capfd.readouterr().err and same_run(undisturbed, tmp_path / "run")
+    done = run([sys.executable, SCRIPT, *flags(chatty, signals, tmp_path / "run", "--resume")])
+    assert "checkpoint.safetensors" in done.stderr and same_run(undisturbed, tmp_path / "run")
 
 
 def test_a_demo_deletes_nothing_that_is_not_its_own(tmp_path, capfd):
@@ -527,7 +527,7 @@ def test_a_run_keeps_its_lightcones_while_the_store_grows(chatty, store, generat
         m.setattr(train_l3m, "record_step", lambda *a: (_ for _ in ()).throw(OSError("stopped")))
         train_l3m.main(generation(chatty, tmp_path / "store", tmp_path / "run"))
     data_lightcone.simulate(tmp_path / "store", 18, sky=8, bins=94, workers=1, tau_sigma=1e9, max_x_hi=1.0)
-    train_l3m.main(generation(chatty, tmp_path / "store", tmp_path / "run", "--resume"))
+    run([sys.executable, SCRIPT, *generation(chatty, tmp_path / "store", tmp_path / "run", "--resume")])        # in one thread, as the other
     assert same_run(generated, tmp_path / "run") and settings_of(tmp_path / "run")["lightcones"] == settings_of(generated)["lightcones"]
     train_l3m.main(generation(chatty, tmp_path / "store", tmp_path / "new", "--max-steps", "1"))
     assert sum(map(len, settings_of(tmp_path / "new")["lightcones"].values())) == 18
