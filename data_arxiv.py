@@ -89,8 +89,9 @@ def reading(path, advice="get or make it again"):
     """Whatever goes wrong inside, as `path` is read, becomes a ValueError: file, reason, advice."""
     try:
         yield Path(path)
-    except Exception as e:
-        if isinstance(e, ValueError) and str(e).startswith(str(path)):        # has been said
+    except BaseException as e:                                # a panic of Rust's is no Exception
+        said = isinstance(e, ValueError) and str(e).startswith(str(path))
+        if said or isinstance(e, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         reason = getattr(e, "strerror", None) or str(e).partition("\n")[0] or type(e).__name__
         if isinstance(e, FileNotFoundError):

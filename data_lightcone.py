@@ -520,6 +520,7 @@ def make_row(lightcone, source, tau_sigma=5.0, max_x_hi=0.1):
 
 
 DATASETS = ("brightness_temp", "global_signal", "redshifts", "history")
+SCALARS = ("tau", "x_hi_end", "passed", "signal_end", "seed", "cell_sky", "cell_los", "z_low")
 
 
 def save_row(store, name, row):
@@ -548,8 +549,15 @@ def read_row(path, signals):
         row["offset"] = cube.id.get_offset()             # None: packed by somebody else's program
         if row["offset"] is None or cube.dtype != "<f2":
             raise ValueError("the cube is not one run of float16")
-        for key in DATASETS[1:] if signals else ():
-            row[key] = f[key][:]
+        shapes = {**dict.fromkeys(SCALARS, ()), "parameters": (6,), "cosmology": (4,)}
+        if signals:
+            row |= {key: f[key][:] for key in DATASETS[1:]}
+            shapes |= {"global_signal": (len(cube),), "redshifts": (len(cube),),
+                       "history": (2, HISTORY)}
+        for key, shape in shapes.items():
+            value = np.asarray(row[key])
+            if value.shape != shape or value.dtype.kind not in "bif":
+                raise ValueError(f"{key} is not {shape} numbers")
         row["setting"] = Setting(cube.shape[0], cube.shape[1], row["z_low"], row["cell_sky"],
                                  row["cell_los"], tuple(row["cosmology"]), row["options"])
     return row
@@ -656,7 +664,7 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
                              f"{setting.bins}, or another --out")
     report, jobs = [], []                                             # jobs: (entry, Setting)
     for path in tqdm(files, desc="looking", unit="file", disable=len(files) < 100):
-        path = Path(path).resolve()
+        path = Path(os.path.realpath(path))
         entry = {"file": str(path), "status": "skipped", "reason": "", "notes": []}
         report.append(entry)
         try:
@@ -734,6 +742,15 @@ def commonest(settings):
         else:
             kinds.append([setting, 1])
     return max(kinds, key=lambda kind: kind[1], default=[None])[0]
+
+
+def without_nan(value):
+    """The same with None for NaN, which JSON does not have: dicts, lists and numbers."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if value != value else value
 
 
 def print_report(report):
@@ -1329,8 +1346,9 @@ def read_signals(path):
         seeds = arrays.get("seed", np.full(len(signal), -1)).astype(int)
         passed = np.ones(len(signal), bool)
         histories = arrays["xH"] if "xH" in arrays and "node_z" in arrays else None
-        if histories is not None and len(histories) != len(signal):
-            raise ValueError(f"{len(histories)} histories for {len(signal)} signals")
+        for what, rows in (("histories", histories), ("seeds", seeds)):
+            if rows is not None and len(rows) != len(signal):
+                raise ValueError(f"{len(rows)} {what} for {len(signal)} signals")
         for i in range(len(signal) if histories is not None else 0):
             history = clean_history((arrays["node_z"], histories[i]), [])
             if history is not None:
@@ -1376,6 +1394,8 @@ class GlobalSignals:
             values = signals_of("train")
             norm = values.mean(), values.std()
         self.norm = float(norm[0]), float(norm[1])
+        if not self.norm[1] > 0:
+            raise ValueError(f"{path}: all signals are the same number, which cannot be normalised")
         normalised = (signals_of(split) - self.norm[0]) / self.norm[1]
         self.signals = torch.from_numpy(normalised.astype(np.float32))
         parameters = to_unit(table.parameters[[index[name] for name in self.names]])
@@ -1635,9 +1655,11 @@ def main(argv=None):
             report = convert(args.files, args.out, args.bins, args.tau_sigma, args.max_xhi)
             print_report(report)
             if not any(entry["status"] in ("kept", "there") for entry in report):
-                raise ValueError(f"none of the {len(report)} files could be taken, see the table")
+                first = f"{report[0]['file']}: {report[0]['reason']}"
+                raise ValueError(first if len(report) == 1 else
+                                 f"none of the {len(report)} files could be taken; {first}")
             with writing(Path(args.out) / "convert.json") as temporary:
-                temporary.write_text(json.dumps(report, indent=1))
+                temporary.write_text(json.dumps(without_nan(report), indent=1))
             return
         if args.command == "simulate":
             sky, bins = (28, 470) if args.backend == "fast" else (140, BINS)

@@ -830,6 +830,8 @@ def load_encoder(source, device="cpu"):
         if longest is None:
             words = read_json(directory / "tokenizer_config.json", {})
             longest = words.get("model_max_length", room)
+        if isinstance(longest, bool) or longest < 3:          # [CLS], a word, [SEP]
+            raise ValueError(f"the longest text is said to be {longest!r} tokens")
         tokenizer.enable_truncation(int(min(longest, room)))
     encoder.tensors = {name: t.to(device) for name, t in tensors.items()}
     return encoder

@@ -55,8 +55,9 @@ def reading(path, advice="get or make it again"):
     """Whatever goes wrong inside, as `path` is read, becomes a ValueError: file, reason, advice."""
     try:
         yield Path(path)
-    except Exception as e:
-        if isinstance(e, ValueError) and str(e).startswith(str(path)):        # has been said
+    except BaseException as e:                                # a panic of Rust's is no Exception
+        said = isinstance(e, ValueError) and str(e).startswith(str(path))
+        if said or isinstance(e, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         reason = getattr(e, "strerror", None) or str(e).partition("\n")[0] or type(e).__name__
         if isinstance(e, FileNotFoundError):
@@ -336,8 +337,12 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     if q.device.type != "cpu" or T * S > 512 * 512:
+        gqa = G < H
+        if gqa and mask is not None:        # with both, CUDA has nothing but its slowest kernel
+            k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+            gqa = False
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                              dropout_p=dropout, enable_gqa=G < H)
+                                              dropout_p=dropout, enable_gqa=gqa)
     R = H // G                              # query heads that share a key head: one product for all
     q = (q * D ** -0.5).reshape(B * G, R * T, D)
     k = k.reshape(B * G, S, D)
@@ -432,7 +437,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         if config.vocab_size:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            weight = torch.empty(config.vocab_size, config.hidden_size)
+            if not weight.is_meta:          # there a normal draw would import half of torch's
+                weight.normal_()            # compiler, two seconds
+            self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -733,6 +741,7 @@ def load_tokenizer(source, control_tokens=False):
     with reading(directory / "tokenizer.json", "get it again, or update `tokenizers`") as path:
         path.stat()                                           # a missing file is said as such
         tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.encode("a")                                 # some damage shows only here
     tokenizer.no_truncation()                                 # transformers writes its last call's
     tokenizer.no_padding()                                    # into the file
     tokenizer.encode_special_tokens = not control_tokens
@@ -838,7 +847,10 @@ def load_pretrained(source, *, quantize=None, dtype=torch.bfloat16, device="cpu"
         return model.to(dtype).requires_grad_(False).eval()
     modules = list(model.named_modules())
     for name, module in tqdm(modules, f"loading {source}", unit="module", delay=2, leave=False):
-        load_module(module, name, files, packed, dtype, device)
+        try:
+            load_module(module, name, files, packed, dtype, device)
+        except ValueError as e:
+            raise ValueError(f"{source}: {e}") from e
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()

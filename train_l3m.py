@@ -155,8 +155,9 @@ def shared_flags(q, unit, batch, epochs, warmup, decay, dropout, micro, checkpoi
              "reference network, trained from scratch")
     add("--base", default="Qwen/Qwen2.5-0.5B-Instruct",
         help=f"model directory or hub id; without words and for --dry-run also {', '.join(SHAPES)}")
-    add("--blocks", type=count, help="the first N blocks of a pretrained backbone, or any number "
-                                     "of random ones (default: all of the base)")
+    add("--blocks", type=bounded(int, 1, 1000),
+        help="the first N blocks of a pretrained backbone, or any number of random ones "
+             "(default: all of the base)")
     add("--data", default="data/lightcones", help="a store of data_lightcone.py; to regress also "
                                                   "an .npz of signals")
     add("--batch-size", type=count, default=batch, help=f"{unit} a step, over all processes")

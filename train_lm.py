@@ -634,12 +634,17 @@ class Run:
                                  "another --out")
             tensors, _ = read_checkpoint(self.checkpoint)
             for name, p in named.items():
-                if name not in tensors or tensors[name].shape != p.shape:
-                    raise ValueError(f"{self.checkpoint} is of another run: {name} does not fit")
-                p.copy_(tensors[name])
-                for key in tensors.keys() & {f"{name}/{part}" for part in ADAMW}:
-                    device = p.device if tensors[key].dim() else "cpu"
-                    optimizer.state[p][key.rpartition("/")[2]] = tensors[key].to(device)
+                for key in (name, *(f"{name}/{part}" for part in ADAMW)):
+                    value = tensors.get(key)
+                    if value is None and key != name:         # nothing of AdamW's before step 1
+                        continue
+                    if value is None or value.shape not in (p.shape, ()):
+                        raise ValueError(f"{self.checkpoint} is of another run: {key} does not fit")
+                    if key == name:
+                        p.copy_(value)
+                    else:
+                        device = p.device if value.dim() else "cpu"
+                        optimizer.state[p][key.rpartition("/")[2]] = value.to(device)
         if self.first:
             self.cut_metrics(step)
         return step, best
