@@ -566,14 +566,10 @@ class Run:
 
     def find(self, resume):
         """-> [path, state] of the newest whole checkpoint, [None, None] where there is none."""
-        old = [p for p in self.out.glob("checkpoint-*/state.json") if p.parent.name[11:].isdigit()]
         candidates = [p for p in (self.newest, self.previous) if p.exists()]
-        if not resume and (candidates or old):
+        if candidates and not resume:
             raise ValueError(f"{self.out} already holds a run: add --resume to go on with it, or "
                              "choose another --out")
-        if old and not candidates:
-            raise ValueError(f"{self.out} holds a run of an older version of this program, in "
-                             f"{old[0].parent.name}/ and the like: start anew in another --out")
         damage = []
         for path in candidates:
             try:

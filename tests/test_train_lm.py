@@ -349,16 +349,6 @@ def test_kill_between_the_two_renames(tiny, undisturbed, tmp_path):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-def test_older_version(tiny, tmp_path, capfd):
-    for more in ([], ["--resume"]):
-        (tmp_path / "run" / "checkpoint-0000009").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / "checkpoint-0000009" / "state.json").write_text("{}")
-        with pytest.raises(SystemExit):
-            train_lm.main(flags(tiny, tmp_path / "run", *more))
-        said = capfd.readouterr().err.strip()
-        assert "\n" not in said and ("older version" in said if more else "add --resume" in said)
-
-
 def test_second_job_is_refused(tiny, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, *flags(tiny, tmp_path / "run", "--max-steps", "2000", "--eval-samples", "1")], env=ENVIRONMENT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
