@@ -812,7 +812,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     forked.load_modules()
     with tempfile.TemporaryDirectory(prefix="nanophys-hostile-") as scratch:
-        inputs = args.inputs or Path(scratch) / "inputs"
+        inputs = (args.inputs or Path(scratch) / "inputs").absolute()
         if not inputs.exists():
             inputs.mkdir()
             make_inputs(inputs)

@@ -112,7 +112,7 @@ def content(path):
 def results(place, name):
     """{file: content} of all that a command left; of a conversion the reports tell what it had to do, which differs."""
     found = {str(path.relative_to(place)): content(path) for path in sorted((place / "out").rglob("*"))
-             if path.is_file() and not path.name.endswith(".tmp") and path.suffix not in (".png", ".pdf")}
+             if path.is_file() and not path.name.startswith(".") and path.suffix not in (".png", ".pdf")}
     return {key: value for key, value in found.items() if key != "out/lightcones/convert.json" and "checkpoint-previous" not in key}
 
 
