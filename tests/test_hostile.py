@@ -80,7 +80,11 @@ COMMANDS = {                                                  # all write below 
     "eval next-patch": f"eval next-patch generate --max-windows 2 --method midpoint --steps 1 {L3M}",
     "eval generate": f"eval generate generate --lightcones 1 --redshifts 8 --slices 2 --figures 0 --method midpoint --steps 1 {L3M}",
 }
-ALSO_NAMED = {"regress run config": ["lightcones"], "generate run config": ["lightcones"]}                      # one of another name is one that is gone
+ALSO_NAMED = {                                                # other words that tell a user as much as the file's name
+    "regress run config": ["lightcones"], "generate run config": ["lightcones"],        # one of another name is one that is gone
+    "run config": ["no prepared abstracts in"], "adapter_config.json": ["lm gives"], "adapter tensors": ["lm gives"],
+    "completions": ["--out"], "encoder pooling": ["encoder sets"],
+}
 WRITES = {"train resumed": "lm-stopped/", "regress resumed": "regress-stopped/", "generate resumed": "generate-stopped/",
           "semscore": "texts/", "signatures": "texts/", "rate": "texts/", "collect": "texts/", "complete on": "texts/"}
 
@@ -135,8 +139,41 @@ KINDS = {                                                     # kind: (file, for
 WHOLE = [["whole", command, "nothing"] for command in COMMANDS]                # nothing is wrong: must be accepted
 FAILED_ONCE = [
     ["tokenizer.json", "perplexity", "pointer"],
-    ["checkpoint", "train resumed", "empty"],
+    ["model.safetensors", "train resumed", "fill", "model.embed_tokens.weight", math.inf, True],
+    ["sharded weights", "perplexity of shards", "fill", "model.norm.weight", math.nan, True],
     ["own texts", "prepare own", "encode", "utf-8-sig"],
+    ["checkpoint", "train resumed", "empty"],
+    ["run rows", "perplexity of a run", "array", "train_texts", "claims 2 TB"],
+    ["semscore report", "compare", "set", ["rows", 0, "measures", "semscore", "q1"], math.nan],
+    ["encoder config", "semscore", "set", ["model_type"], {"a": 1}],
+    ["encoder length", "semscore", "set", ["max_seq_length"], 0],
+    ["encoder length", "semscore", "set", ["max_seq_length"], True],
+    ["encoder tokenizer", "semscore", "set", ["post_processor", "special_tokens", "[SEP]"], "REMOVE"],
+    ["encoder tokenizer", "semscore", "set", ["post_processor", "single", 2, "SpecialToken", "id"], ""],
+    ["store", "inspect", "about", ["parameters", 5], "12"],
+    ["store", "regress", "about", ["parameters"], 2**63],
+    ["store", "regress", "about", ["cell_sky"], 0],
+    ["store", "inspect", "about", ["x_hi_end"], []],
+    ["store", "inspect", "item", "global_signal", "another axis"],
+    ["store", "inspect", "item", "redshifts", "longer"],
+    ["21cmFAST 3", "convert v3", "cut", 0.08],
+    ["21cmFAST 3", "convert v3", "item", "node_redshifts", "falling"],
+    ["21cmFAST 4", "convert v4", "item", "InputParameters/astro_params", "no data"],
+    ["21cmFAST 4", "convert v4", "loop"],
+    ["cube.npz", "convert npz", "empty"],
+    ["cube.npz", "convert npz", "array", "z", "claims 2 TB"],
+    ["cube.npz", "convert npz", "array", "node_z", "nan"],
+    ["signals.npz", "regress signals", "array", "signal", "bytes"],
+    ["signals.npz", "regress signals", "array", "seed", "no elements"],
+    ["generate checkpoint", "generate resumed", "header", ["tokens.<|row-newline-token|>/exp_avg_sq", "shape"], [1, 1, 48]],
+    ["regress run config", "eval regress", "set", ["settings", "norm", 0], {}],
+    ["regress run config", "eval regress", "set", ["settings", "data"], [[]]],
+    ["regress run config", "eval regress", "set", ["settings", "lightcones"], [1, "a"]],
+    ["regress run config", "eval regress", "set", ["settings", "lightcones", "train", 3], []],
+    ["generate run config", "eval next-patch", "set", ["settings", "lightcones", "test"], [1, "a"]],
+    ["generate run config", "eval next-patch", "set", ["settings", "lightcones", "validation"], "REMOVE"],
+    ["generate network", "eval generate", "fill", "velocity.blocks.2.0.weight", 1e30, False],
+    ["flags", "regress", "flag", "--blocks", "1000000000000"],
 ]
 
 # --------------------------------------------------------------------------------------------------------- operations
@@ -730,7 +767,7 @@ def results_not_finite(place, touched):
     """Reports of a command that ended well, with NaN in them."""
     for name in touched:
         path = place / name
-        if name.endswith((".json", ".jsonl")) and "config" not in name and path.is_file():
+        if name.endswith((".json", ".jsonl")) and path.name not in ("config.json", "metrics.jsonl") and path.is_file():
             text = path.read_text()
             if "NaN" in text or "Infinity" in text:
                 return f"exit status 0 with NaN in {name}"
@@ -753,7 +790,7 @@ def trial(task):
         elif operation_name == "path":
             line = shlex.join([arguments[1] if word == arguments[0] else word for word in shlex.split(line)])
             if arguments[0].startswith(("out/", writes.rstrip("/"))):
-                writes = (writes, arguments[1])               # as told
+                writes = (writes, os.path.normpath(arguments[1]).removeprefix("."))       # as told
         elif kind != "whole":
             path = input_file(place, kind)
             named = [path.name, f"{path.parent.name}/", path.parent.name, *ALSO_NAMED.get(kind, [])]
