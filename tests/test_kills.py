@@ -192,7 +192,11 @@ def fill_disk(name, inputs, expected, size):
         except AssertionError as e:
             return f"{size} bytes, left {left}, then with space: {e}"
         differs = differences(results(place, name), expected)
-        return f"{size} bytes, then with space another {differs}" if differs else None
+        if differs:
+            return f"{size} bytes, then with space another {differs}"
+        forked.call(limited(FULL[name], size), place, 120)    # over its own results: they stay whole
+        differs = differences(results(place, name), expected)
+        return f"{size} bytes, over whole results: another {differs}" if differs else None
 
 
 def full_disks(inputs, count, only=FULL):
