@@ -527,6 +527,7 @@ def test_a_run_keeps_its_lightcones_while_the_store_grows(chatty, store, generat
         m.setattr(train_l3m, "record_step", lambda *a: (_ for _ in ()).throw(OSError("stopped")))
         train_l3m.main(generation(chatty, tmp_path / "store", tmp_path / "run"))
     data_lightcone.simulate(tmp_path / "store", 18, sky=8, bins=94, workers=1, tau_sigma=1e9, max_x_hi=1.0)
+    train_l3m.Run.close()                                     # the lock of this process
     run([sys.executable, SCRIPT, *generation(chatty, tmp_path / "store", tmp_path / "run", "--resume")])        # in one thread, as the other
     assert same_run(generated, tmp_path / "run") and settings_of(tmp_path / "run")["lightcones"] == settings_of(generated)["lightcones"]
     train_l3m.main(generation(chatty, tmp_path / "store", tmp_path / "new", "--max-steps", "1"))
