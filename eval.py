@@ -61,8 +61,8 @@ repeated, is the row to compare with: it has the right power and does not evolve
 """
 import argparse
 import base64
+import bisect
 import contextlib
-import errno
 import hashlib
 import html
 import io
@@ -98,12 +98,12 @@ from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, SYMBOLS, UNITS, Glob
 from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (bos_eos, fetch, generate as generate_text, load_config, load_pretrained,
-                   load_tokenizer, new_directory, no_links_out, token_nll)
+                   load_tokenizer, new_directory, no_links_out, note as note_once,
+                   token_nll)
 from quant import NF4Linear
 
 COLOURS = [                                                   # Okabe and Ito, colour-blind safe
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
-RESAMPLES = 9999                                              # of the bootstrap
 
 
 # -------------------------------------------------------------------------------------------------
@@ -119,19 +119,16 @@ def summary(values, bootstrap=True):
     ten values it would be too narrow, and without `bootstrap` (values that are not independent)
     it is not wanted: `low` and `high` are None. Raises ValueError for no values."""
     values = np.asarray(values, float)
-    if not len(values):
+    n = len(values)
+    if not n:
         raise ValueError("there is nothing to take a mean of")
     low = high = None
-    if bootstrap and len(values) >= 10:
+    if bootstrap and n >= 10:
         rng = np.random.default_rng(0)
-        at_once = max(1, 10 ** 6 // len(values))              # resamples in a million numbers
-        means = []
-        for done in range(0, RESAMPLES, at_once):
-            size = (min(at_once, RESAMPLES - done), len(values))
-            means.append(values[rng.integers(len(values), size=size)].mean(1))
-        low, high = np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
+        means = [values[rng.integers(n, size=(99, n))].mean(1) for _ in range(101)]
+        low, high = np.quantile(means, [0.025, 0.975]).tolist()
     q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {"n": len(values), "mean": float(values.mean()), "low": low, "high": high,
+    return {"n": n, "mean": float(values.mean()), "low": low, "high": high,
             "median": median, "q1": q1, "q3": q3, "std": float(values.std())}
 
 
@@ -154,9 +151,17 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
 
 
-def print_table(title, header, rows):
-    """Columns as wide as they need be, the first to the left and the others to the right."""
-    lines = [[printable(cell) for cell in row] for row in [header, *rows]]
+def report_of(args, rows, **more):
+    """The report of a command."""
+    return {"command": args.command, "settings": vars(args), "rows": rows, **more}
+
+
+def print_table(title, header, rows, digits=3):
+    """Columns as wide as they need be, the first to the left and the others to the right.
+
+    digits: decimals of floats."""
+    lines = [[printable(f"{cell:.{digits}f}" if isinstance(cell, float) else cell) for cell in row]
+             for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"\n{printable(title)}")
     for first, *others in lines:
@@ -175,10 +180,10 @@ def show(report, measures, title, digits=3, keys=("n",)):
     for row in report["rows"]:
         found = [row["measures"].get(m) for m in measures]
         cells = [interval(s, digits) if s else "-" for s in found]
-        cells += [f"{found[0][k]:.{digits}f}" if found[0] else "-" for k in spread]
+        cells += [found[0][k] if found[0] else "-" for k in spread]
         rows.append([row["name"], *(row.get(k, "-") for k in keys), *cells])
         every += filter(None, found)
-    print_table(f"{title}: mean [95% interval]", ["", *keys, *measures, *spread], rows)
+    print_table(f"{title}: mean [95% interval]", ["", *keys, *measures, *spread], rows, digits)
     if any(s["low"] is None for s in every):
         print("(no interval: fewer than ten values, or values that are not independent)")
 
@@ -200,7 +205,7 @@ def read_json(path, otherwise=None):
     if otherwise is not None and not Path(path).exists():
         return otherwise
     with reading(path):
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_bytes())
         kind = list if isinstance(otherwise, list) else dict
         if not isinstance(found, kind):
             raise ValueError(f"it holds no JSON {'list' if kind is list else 'object'}")
@@ -347,15 +352,19 @@ def fetch_parts(source, wanted):
 def fetch_adapter(source, base):
     """An adapter in peft's format, a directory or a hub id -> Model, on `base` or the one it names.
 
-    Raises ValueError if it is not to be had, or its base is not."""
+    Raises ValueError if it is not to be had."""
     directory = fetch_parts(source, ["adapter_config.json", "adapter_model.safetensors"])
-    config = directory / "adapter_config.json"
-    if not config.is_file():
-        raise ValueError(f"{source} holds no adapter in peft's format: {config} is not there")
-    base = base or read_json(config).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise ValueError(f"the adapter {source} does not say which base it is for: add --base")
+    with reading(directory / "adapter_config.json", f"{source} holds no adapter of peft's") as path:
+        base = base or str(json.loads(path.read_bytes())["base_model_name_or_path"])
     return Model(name_of(source), base, directory)
+
+
+def refuse_twins(names):
+    """Raises ValueError if two models of a table share a name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"two models are called {name}: rename a directory, so that tables "
+                             "can tell them apart")
 
 
 def find_models(runs, args):
@@ -377,27 +386,28 @@ def find_models(runs, args):
         raise ValueError("give run directories, --adapter or --base")
     bases = dict.fromkeys([args.base] if args.base else [m.base for m in models])
     models = [Model(name_of(base), base) for base in bases] + models
-    for name, count in Counter(m.name for m in models).items():
-        if count > 1:
-            raise ValueError(f"two models are called {name}: rename a directory, so that tables "
-                             "can tell them apart")
+    refuse_twins(m.name for m in models)
     return models, settings
 
 
 def read_texts(data, subset, args):
     """-> ({id: text}, what they are): --split of a prepared directory's set, or a JSONL file.
 
-    Of them --samples, drawn with --seed; 0: all. ValueError if there is none."""
+    Of them --samples, drawn with --seed; 0: all. Empty ones are left out with a note; ValueError
+    if no other is there."""
     what = f"{subset} {args.split}"
     if Path(data).is_file():
         what = Path(data).name
         ids, texts = data_arxiv.read_texts(data)
     else:
         ids, texts = data_arxiv.load(data, subset, args.split)
-    if not texts:
-        raise ValueError(f"{what} of {data} holds no abstract")
     keep = np.sort(np.random.default_rng(args.seed).permutation(len(texts))[:args.samples or None])
-    return {ids[i]: texts[i] for i in keep}, what
+    found = {ids[i]: texts[i] for i in keep if texts[i]}
+    if not found:
+        raise ValueError(f"{what} of {data} holds no abstract with text")
+    if len(found) < len(keep):
+        note_once(f"{len(keep) - len(found)} empty abstracts of {what} are left out")
+    return found, what
 
 
 def texts_of(args, settings, models=()):
@@ -426,8 +436,8 @@ def check_unseen(model, texts, what):
                          f"{model.name} was trained on: choose others with --data or --subset")
     known = len(ids.intersection(data_arxiv.row_hashes(texts).tolist()))
     if known:
-        print(f"note: {known} of the {len(texts)} ids of {what} are among those that {model.name} "
-              "was trained on, with other texts", file=sys.stderr)
+        note_once(f"{known} of the {len(texts)} ids of {what} are among those that {model.name} "
+                  "was trained on, with other texts")
 
 
 def free_memory(device):
@@ -447,27 +457,24 @@ def load_model(m, args):
 
     Raises ValueError, before any weights are read, if they do not fit in memory."""
     quantize = None if args.quantize == "none" else args.quantize
-    dtype = args.dtype
+    bits = f"{args.dtype.itemsize * 8} bit"
     if not quantize:
-        shapes = load_pretrained(m.base, dtype=dtype, device="meta")
+        shapes = load_pretrained(m.base, dtype=args.dtype, device="meta")
         need = sum(t.nbytes for t in [*shapes.parameters(), *shapes.buffers()])
         free = free_memory(args.device)
         if need > free:
-            raise ValueError(f"{m.base} takes {need / 1e9:.1f} GB in {dtype.itemsize * 8} bits, "
-                             f"{free / 1e9:.1f} GB are free: add --quantize nf4, a third of it")
-    model = load_pretrained(m.base, quantize=quantize, dtype=dtype, device=args.device)
-    how = f"{dtype.itemsize * 8} bit"
-    if any(isinstance(part, NF4Linear) for part in model.modules()):
-        how = "NF4"
+            raise ValueError(f"{m.base} takes {need / 1e9:.1f} GB in {bits}, {free / 1e9:.1f} GB "
+                             "are free: add --quantize nf4, a third of it")
+    model = load_pretrained(m.base, quantize=quantize, dtype=args.dtype, device=args.device)
+    nf4 = any(isinstance(part, NF4Linear) for part in model.modules())
     if not m.adapter:
-        return model, how
+        return model, "NF4" if nf4 else bits
     load_adapter(model, m.adapter)
-    if how != "NF4":
+    if not nf4:
         merge(model)
-        return model, f"merged, {how}"
+        return model, f"merged, {bits}"
     if not quantize:
-        print(f"note: {m.base} was saved in 4 bits, so {m.name} is evaluated unmerged on NF4",
-              file=sys.stderr)
+        note_once(f"{m.base} was saved in 4 bits, so {m.name} is evaluated unmerged on NF4")
     return model, "unmerged, NF4"
 
 
@@ -494,31 +501,27 @@ def batches(sequences, most):
 def per_text(function, model, tokenizer, texts, most=4096, desc="texts"):
     """What a function (ids, lengths) -> (tokens, ..) gives for the tokens of each text after BOS.
 
-    -> a list of tensors on the CPU, one a text, None for a text without tokens. Texts of like
-    length are computed together, up to `most` tokens, which changes nothing but the speed."""
+    -> a list of tensors on the CPU, one a text. Texts of like length are computed together, up to
+    `most` tokens, which changes nothing but the speed. ValueError for a text without tokens."""
     bos, _ = bos_eos(model.config, tokenizer)
     sequences = [data_arxiv.encode(tokenizer, text, bos, None) for text in texts]
-    result = [None] * len(sequences)
-    with tqdm(total=len(result), desc=desc, unit="abstract", dynamic_ncols=True) as bar:
-        for batch in batches(sequences, most):
-            bar.update(len(batch))
-            batch = [i for i in batch if len(sequences[i]) > 1]
-            if batch:
-                ids, lengths = data_arxiv.collate([sequences[i] for i in batch])
-                values = function(ids.to(model.lm_head.weight.device), lengths).cpu()
-                for i, part in zip(batch, values.split((lengths - 1).tolist())):
-                    result[i] = part
-    return result
+    if min(map(len, sequences)) < 2:
+        raise ValueError("the tokenizer finds no token in an abstract: is it this model's own?")
+    result = {}
+    with tqdm(total=len(sequences), desc=desc, unit="abstract", dynamic_ncols=True) as bar:
+        for rows in batches(sequences, most):
+            ids, lengths = data_arxiv.collate([sequences[i] for i in rows])
+            values = function(ids.to(model.lm_head.weight.device), lengths).cpu()
+            result |= zip(rows, values.split((lengths - 1).tolist()))
+            bar.update(len(rows))
+    return [result[i] for i in range(len(sequences))]
 
 
 def perplexities(model, tokenizer, texts, batch_tokens=4096, desc="perplexity"):
-    """Perplexity of each text given BOS, (N,) float64, NaN without tokens; (N,) token counts."""
-    def nll(ids, lengths):
-        return token_nll(model, ids, lengths)
-
-    parts = per_text(nll, model, tokenizer, texts, batch_tokens, desc)
-    values = [math.nan if part is None else part.double().mean().exp().item() for part in parts]
-    return np.array(values), np.array([0 if part is None else len(part) for part in parts])
+    """Perplexity of each text given BOS, (N,) float64, and their numbers of tokens (N,)."""
+    parts = per_text(partial(token_nll, model), model, tokenizer, texts, batch_tokens, desc)
+    values = [part.double().mean().exp().item() for part in parts]
+    return np.array(values), np.array([len(part) for part in parts])
 
 
 def perplexity(args):
@@ -533,27 +536,22 @@ def perplexity(args):
         for on, texts in tests.items():
             values, tokens = perplexities(model, tokenizer, texts.values(), args.batch_tokens,
                                           f"{m.name}, {on}")
-            found = {i: value for i, value, count in zip(texts, values.tolist(), tokens) if count}
+            found = dict(zip(texts, values.tolist()))
             for i, value in found.items():
                 if not math.isfinite(value):
                     raise ValueError(f"{m.name} gives the abstract {i} the perplexity {value}: "
                                      "some of its weights are not finite, or too large for --dtype")
-            if not found:
-                raise ValueError(f"{on} holds no abstract with text")
-            if len(found) < len(texts):
-                print(f"note: {len(texts) - len(found)} empty abstracts are left out",
-                      file=sys.stderr)
             rows.append(report_row(m.name, {"perplexity": found}, on=on, weights=how,
                                    base=name_of(m.base), tokens=int(tokens.sum())))
         del model                                             # before the next one comes
-    report = {"command": "perplexity", "settings": vars(args), "rows": rows}
+    report = report_of(args, rows)
     show(report, ["perplexity"], "perplexity of abstracts", keys=("on", "n", "weights"))
     bits = "NF4" if args.quantize == "nf4" else "16bit"
     name = f"{'across' if args.across else 'perplexity'}-{bits}.json"
     for path in [args.json] if args.json else [Path(run) / name for run in args.runs]:
         write_report(path, report)
     if not (args.json or args.runs):
-        print("note: add --json FILE to keep these figures", file=sys.stderr)
+        note_once("add --json FILE to keep these figures")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -576,7 +574,8 @@ def split_abstract(text):
 def read_completions(path):
     """A file of `complete` -> {model: {id: record}}.
 
-    Raises ValueError naming a line that is no completion, and for a second one of an abstract."""
+    Raises ValueError where there is none, naming a line that is no completion, and for a second
+    one of an abstract."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'not there'}: {ADVICE}")
@@ -587,16 +586,17 @@ def read_completions(path):
                 raise ValueError(f"not a completion, an object with {', '.join(FIELDS)}")
             record["settings"] = dict(record["settings"])
             of_model = models.setdefault(record["model"], {})
-            if record["id"] in of_model:
+            if of_model.setdefault(record["id"], record) is not record:
                 raise ValueError(f"a second completion of {record['id']} by {record['model']}")
-            of_model[record["id"]] = record
+    if not models:
+        raise ValueError(f"{path} holds no completion: {ADVICE}")
     return models
 
 
 def complete_batch(model, tokenizer, prompts, ids, args):
     """Completions (str) of prompts; each draws from the random stream of (--seed, its id)."""
     config = model.config
-    bos, eos = bos_eos(config, tokenizer)
+    bos, _ = bos_eos(config, tokenizer)
     encoded = [data_arxiv.encode(tokenizer, prompt, bos, None) for prompt in prompts]
     if args.no_bos:
         encoded = [tokens[1:] for tokens in encoded]
@@ -604,10 +604,9 @@ def complete_batch(model, tokenizer, prompts, ids, args):
     if longest > config.max_position_embeddings:
         raise ValueError(f"prompt and completion may take {longest} tokens, the model has room for "
                          f"{config.max_position_embeddings}: lower --max-new-tokens")
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else eos
     seeds = [zlib.crc32(f"{args.seed} {i}".encode()) for i in ids]
-    new = generate_text(model, encoded, args.max_new_tokens, args.temperature, args.top_k, ends,
-                        seeds)
+    new = generate_text(model, encoded, args.max_new_tokens, args.temperature, args.top_k,
+                        config.eos_token_id, seeds)
     # decoded together: a word that the prompt began goes on
     return [tokenizer.decode(p + n)[len(tokenizer.decode(p)):] for p, n in zip(encoded, new)]
 
@@ -636,9 +635,9 @@ def complete(args):
     (what, texts), = texts_of(args, settings, models).items()
     out = args.out
     if not out:
-        name = "control" if args.subset == "control" else re.sub(r"[^\w.-]+", "-", what)
         near = Path(args.runs[0]).resolve().parent if args.runs else Path("out")
-        out = near / f"completions-{name.removesuffix('.jsonl')}.jsonl"
+        name = re.sub(r"[^\w.-]+", "-", what.removesuffix(".jsonl"))
+        out = near / f"completions-{name}.jsonl"
     abstracts = {i: split_abstract(text) for i, text in texts.items()}
     write_completions(Path(out), models, abstracts, args)
     print(printable(f"{out}: {len(texts)} abstracts ({what}), {len(models)} models: "
@@ -646,49 +645,43 @@ def complete(args):
                     f"next: python eval.py semscore {out}, then signatures and rate"))
 
 
+def cut_half_line(path):
+    """Remove a last line of a file that a kill or a full disk cut off."""
+    if os.path.isfile(path):                                  # no device
+        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
+
+
+def append_lines(path, records):
+    """Append records to a file; if the disk is full, whole lines only stay in it."""
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as e:
+        cut_half_line(path)
+        raise OSError(f"{path} could not be written ({e.strerror}); the completions in it are "
+                      "whole: free some space, then the same command goes on") from e
+
+
 def write_completions(out, models, abstracts, args):
     """Append to the JSONL file `out` what it lacks of {id: (prompt, truth)} by each model.
 
     Raises ValueError if another process does, or the file holds others by the same names."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "ab", buffering=0) as file:
-        held = lock(out, "writing")
-        try:
-            have = {}
-            if out.is_file():                                 # no device
-                os.truncate(out, out.read_bytes().rfind(b"\n") + 1)          # cut off by a kill
-                have = read_completions(out)
-            with tqdm(total=len(models) * len(abstracts), desc="completions", unit="completion",
-                      dynamic_ncols=True) as bar:
-                for m in models:
-                    bar.set_postfix(model=m.name)
-                    for batch in missing_completions(m, abstracts, have.get(m.name, {}), args, bar):
-                        append_lines(file, batch)
-        finally:
-            os.close(held)
+    with open(out, "ab"), open(lock(out, "writing")):
+        cut_half_line(out)
+        have = read_completions(out) if os.path.getsize(out) else {}
+        with tqdm(total=len(models) * len(abstracts), desc="completions", unit="completion",
+                  dynamic_ncols=True) as bar:
+            for m in models:
+                bar.set_postfix(model=m.name)
+                add_completions(out, m, abstracts, have.get(m.name, {}), args, bar)
 
 
-def append_lines(file, records):
-    """Append records to an unbuffered file, and see that they are on disk."""
-    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
-    before = os.fstat(file.fileno()).st_size
-    try:
-        if file.write(lines) < len(lines):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if os.path.isfile(file.name):
-            os.fsync(file.fileno())
-    except OSError as e:
-        if os.path.isfile(file.name):
-            os.truncate(file.name, before)
-        raise OSError(f"{file.name} could not be written ({e.strerror}); the completions in it are "
-                      "whole: free some space, then the same command goes on") from e
-
-
-def missing_completions(m, abstracts, have, args, bar):
-    """Yield, in batches, the records of a Model that are not among those it has, {id: record}."""
-    weights = m.adapter / "adapter_model.safetensors" if m.adapter else None
+def add_completions(out, m, abstracts, have, args, bar):
+    """Append the completions of a Model that are not among those it has, {id: record}."""
+    weights = m.adapter and (m.adapter / "adapter_model.safetensors").read_bytes()
     settings = {"base": name_of(m.base), "quantize": args.quantize, "dtype": str(args.dtype)[6:],
-                "adapter": weights and f"{zlib.crc32(weights.read_bytes()):08x}",
+                "adapter": weights and f"{zlib.crc32(weights):08x}",
                 "temperature": args.temperature, "top_k": args.top_k, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens, "bos": not args.no_bos}
     for i, old in have.items():
@@ -698,26 +691,18 @@ def missing_completions(m, abstracts, have, args, bar):
         if changed:
             raise ValueError(f"--out holds completions of {m.name} with other settings "
                              f"({'; '.join(changed)}): choose another")
-    model = None
     order = sorted(abstracts, key=lambda i: len(abstracts[i][0]))       # like lengths: less padding
-    for start in range(0, len(order), args.batch_size):
-        ids = order[start:start + args.batch_size]
-        if not have.keys() >= set(ids):                       # all of them: so it rounds the same
-            if model is None:
-                model, _ = load_model(m, args)
-                tokenizer = load_tokenizer(m.base)
-            texts = complete_batch(model, tokenizer, [abstracts[i][0] for i in ids], ids, args)
-            yield [dict(zip(FIELDS, (i, *abstracts[i], text, m.name, settings)))
-                   for i, text in zip(ids, texts) if i not in have]
+    parts = [order[k:k + args.batch_size] for k in range(0, len(order), args.batch_size)]
+    parts = [ids for ids in parts if not have.keys() >= set(ids)]       # whole: rounds the same
+    bar.update(len(order) - sum(map(len, parts)))
+    if parts:
+        model, _ = load_model(m, args)
+        tokenizer = load_tokenizer(m.base)
+    for ids in parts:
+        texts = complete_batch(model, tokenizer, [abstracts[i][0] for i in ids], ids, args)
+        append_lines(out, [dict(zip(FIELDS, (i, *abstracts[i], text, m.name, settings)))
+                           for i, text in zip(ids, texts) if i not in have])
         bar.update(len(ids))
-
-
-def completions_of(path):
-    """read_completions, ValueError if there is none."""
-    models = read_completions(path)
-    if not models:
-        raise ValueError(f"{path} holds no completion: {ADVICE}")
-    return models
 
 
 def beside(path, suffix):
@@ -766,8 +751,8 @@ def read_modules(directory):
     do_lower_case). Raises ValueError for what is not computed here, such as Dense layers."""
     modules = read_json(directory / "modules.json", [])
     if not modules:
-        print(f"note: {directory} has no modules.json: the mean over tokens is taken, as "
-              "sentence-transformers does", file=sys.stderr)
+        note_once(f"{directory} has no modules.json: the mean over tokens is taken, as "
+                  "sentence-transformers does")
         modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
     with reading(directory / "modules.json"):
         kinds = [m["type"].rpartition(".")[2] for m in modules]
@@ -801,7 +786,7 @@ def load_encoder(source, device="cpu"):
     found = fetch_parts(source, ["*.json", "*/*.json", "model.safetensors", "*/model.safetensors"])
     directory, modes, normalised, text = read_modules(found)
     config = read_json(directory / "config.json")
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in LAYER:
         raise ValueError(f"{source} is a {kind}: only BERT and MPNet encoders are computed here")
     for key, computed in {"hidden_act": "gelu", "position_embedding_type": "absolute",
@@ -815,40 +800,32 @@ def load_encoder(source, device="cpu"):
         if text.get("do_lower_case"):
             own = [tokenizer.normalizer] if tokenizer.normalizer else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        last = torch.tensor([[max(tokenizer.get_vocab().values())]])
+    words = read_json(directory / "tokenizer_config.json", {})
     with reading(directory / "model.safetensors", "get the encoder again, in safetensors") as path:
         tensors = {name.removeprefix(f"{kind}."): t.float() for name, t in load_file(path).items()}
         for name, t in tensors.items():
             if not t.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
-        if max(tokenizer.get_vocab().values()) >= len(tensors["embeddings.word_embeddings.weight"]):
-            raise ValueError("tokenizer.json has more tokens than it embeds")
         room = len(tensors["embeddings.position_embeddings.weight"]) - FIRST_POSITION[kind]
-        encoder = Encoder(config, tensors, tokenizer, modes, normalised)
-        one = torch.zeros(1, 1, dtype=torch.int64)
-        encode_sentences(encoder, one, one == 0)              # names and shapes fit
-        longest = text.get("max_seq_length")
-        if longest is None:
-            words = read_json(directory / "tokenizer_config.json", {})
-            longest = words.get("model_max_length", room)
-        if isinstance(longest, bool) or longest < 3:          # [CLS], a word, [SEP]
+        longest = text.get("max_seq_length") or words.get("model_max_length") or room
+        if longest < 3:                                       # [CLS], a word, [SEP]
             raise ValueError(f"the longest text is said to be {longest!r} tokens")
         tokenizer.enable_truncation(int(min(longest, room)))
+        encoder = Encoder(config, tensors, tokenizer, modes, normalised)
+        encode_sentences(encoder, last, last >= 0)            # names, shapes, vocabulary fit
     encoder.tensors = {name: t.to(device) for name, t in tensors.items()}
     return encoder
 
 
-def relative_buckets(T, buckets=32, furthest=128):
+def relative_buckets(T):
     """(T, T) bucket of the distance from a token (row) to another, as in T5 (arXiv:1910.10683).
 
-    Half of the buckets for each direction; in each, half for single distances and half on a
-    logarithmic scale up to `furthest`."""
-    distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
-    half = buckets // 2
-    exact = buckets // 4
-    ratio = distance.abs().clamp(min=1) / exact
-    far = exact + (torch.log(ratio) / math.log(furthest / exact) * (half - exact)).long()
-    near = torch.where(distance.abs() < exact, distance.abs(), far.clamp(max=half - 1))
-    return near + half * (distance > 0)
+    16 of the 32 for each direction: the distances 0 to 7, then a logarithmic scale up to 128."""
+    distance = torch.arange(T) - torch.arange(T)[:, None]
+    near = distance.abs()
+    far = 8 + (torch.log(near.clamp(min=1) / 8) / math.log(128 / 8) * 8).long()
+    return torch.where(near < 8, near, far.clamp(max=15)) + 16 * (distance > 0)
 
 
 def encode_sentences(encoder, ids, mask):
@@ -869,19 +846,19 @@ def encode_sentences(encoder, ids, mask):
     first = FIRST_POSITION[kind]
     x = w["embeddings.word_embeddings.weight"][ids]
     x = x + w["embeddings.position_embeddings.weight"][first:T + first]
+    attended = mask[:, None, None]                            # (B, 1, 1, T)
     if kind == "bert":
         x = x + w["embeddings.token_type_embeddings.weight"][0]
+    else:                                                     # a bias on each distance, (H, T, T)
+        bias = w["encoder.relative_attention_bias.weight"][relative_buckets(T).to(x.device)]
+        attended = bias.permute(2, 0, 1).masked_fill(~attended, -torch.inf)       # (B, H, T, T)
     x = norm(x, "embeddings.LayerNorm")
-    bias = torch.zeros(B, 1, 1, T, device=x.device).masked_fill(~mask[:, None, None], -torch.inf)
-    if kind == "mpnet":                                       # (T, T, H) -> (1, H, T, T)
-        relative = w["encoder.relative_attention_bias.weight"][relative_buckets(T).to(x.device)]
-        bias = bias + relative.permute(2, 0, 1)[None]
     query, key, value, output, output_norm = LAYER[kind]
     for i in range(c["num_hidden_layers"]):
         layer = f"encoder.layer.{i}."
         q, k, v = [linear(x, layer + name).view(B, T, H, -1).transpose(1, 2)          # (B, H, T, D)
                    for name in (query, key, value)]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(B, H, T, T))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
         y = y.transpose(1, 2).reshape(B, T, -1)
         x = norm(x + linear(y, layer + output), layer + output_norm)
         y = F.gelu(linear(x, layer + "intermediate.dense"))
@@ -892,18 +869,11 @@ def encode_sentences(encoder, ids, mask):
 def pool(hidden, mask, modes):
     """Hidden states (B, T, C), mask (B, T) of tokens -> (B, D), the poolings' results, joined."""
     mask = mask[..., None]
-    pooled = []
-    for mode in modes:
-        count = mask.sum(1)
-        if mode == "cls":
-            pooled.append(hidden[:, 0])
-        elif mode == "max":
-            pooled.append(hidden.masked_fill(~mask, -torch.inf).amax(1))
-        elif mode == "mean":
-            pooled.append((hidden * mask).sum(1) / count)
-        else:                                                 # mean_sqrt_len_tokens
-            pooled.append((hidden * mask).sum(1) / count.sqrt())
-    return torch.cat(pooled, 1)
+    total = (hidden * mask).sum(1)
+    count = mask.sum(1)
+    pooled = {"cls": hidden[:, 0], "max": hidden.masked_fill(~mask, -torch.inf).amax(1),
+              "mean": total / count, "mean_sqrt_len_tokens": total / count.sqrt()}
+    return torch.cat([pooled[mode] for mode in modes], 1)
 
 
 @torch.no_grad()
@@ -912,17 +882,14 @@ def embed(encoder, texts, most=4096):
 
     most: tokens in one pass."""
     device = encoder.tensors["embeddings.word_embeddings.weight"].device
-    sequences = [e.ids for e in encoder.tokenizer.encode_batch(list(texts))]
-    result = [None] * len(texts)
-    for rows in tqdm(list(batches(sequences, most)), desc="embeddings", unit="batch",
-                     dynamic_ncols=True):
-        lengths = torch.tensor([len(sequences[i]) for i in rows])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in rows], True)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]                      # (B, T)
-        hidden = encode_sentences(encoder, ids.to(device), mask.to(device)).cpu()
-        for i, vector in zip(rows, pool(hidden, mask, encoder.pooling)):
-            result[i] = vector
-    result = torch.stack(result)
+    sequences = [torch.tensor(e.ids) for e in encoder.tokenizer.encode_batch(list(texts))]
+    vectors = {}
+    for rows in tqdm(list(batches(sequences, most)), desc="embeddings", unit="batch"):
+        ids = torch.nn.utils.rnn.pad_sequence([sequences[i] for i in rows], True, -1)     # (B, T)
+        mask = ids >= 0
+        hidden = encode_sentences(encoder, ids.clamp(min=0).to(device), mask.to(device)).cpu()
+        vectors |= zip(rows, pool(hidden, mask, encoder.pooling))
+    result = torch.stack([vectors[i] for i in range(len(sequences))])
     if not result.isfinite().all():
         raise ValueError("the encoder gives numbers that are not finite: choose another --encoder")
     return F.normalize(result, dim=1) if encoder.normalised else result
@@ -936,14 +903,14 @@ def semscore(args):
     if len(args.inputs) != 1:
         raise ValueError("give one file that `eval.py complete` wrote")
     path = args.inputs[0]
-    models = completions_of(path)
-    encoder = load_encoder(args.encoder, start_processes(args.device)[2])
     pairs = {}                                                # {model: {id: (truth, completed)}}
-    for model, records in models.items():
-        pairs[model] = {i: (f"{r['prompt']} {r['truth']}", r["prompt"] + r["completion"])
-                        for i, r in records.items()}
-        alone = {i: (f"{r['prompt']} {r['truth']}", r["prompt"]) for i, r in records.items()}
-        pairs["prompt alone"] = pairs.pop("prompt alone", {}) | alone             # the last row
+    alone = {}
+    for model, records in read_completions(path).items():
+        whole = {i: f"{r['prompt']} {r['truth']}" for i, r in records.items()}
+        pairs[model] = {i: (whole[i], r["prompt"] + r["completion"]) for i, r in records.items()}
+        alone |= {i: (whole[i], r["prompt"]) for i, r in records.items()}
+    pairs["prompt alone"] = alone                             # the last row
+    encoder = load_encoder(args.encoder, start_processes(args.device)[2])
     texts = dict.fromkeys(text for of_model in pairs.values()
                           for pair in of_model.values() for text in pair)
     vectors = dict(zip(texts, F.normalize(embed(encoder, texts).double(), dim=1)))
@@ -951,7 +918,7 @@ def semscore(args):
     for model, of_model in pairs.items():
         scores = {i: float(vectors[a] @ vectors[b]) for i, (a, b) in of_model.items()}
         rows.append(report_row(model, {"semscore": scores}))
-    report = {"command": "semscore", "settings": vars(args), "rows": rows}
+    report = report_of(args, rows)
     show(report, ["semscore"], f"SemScore of {path} with {args.encoder}", 4)
     write_report(args.json or beside(path, "semscore.json"), report)
 
@@ -977,7 +944,7 @@ def pairwise(args):
                 raise ValueError(f"{a} holds fewer than two abstracts: there is no pair")
             rows.append({"name": m.name, "n": cosine.numel(), "between": f"{a} - {b}",
                          "measures": {"cosine": summary(cosine.flatten(), bootstrap=False)}})
-    report = {"command": "semscore", "settings": vars(args), "rows": rows}
+    report = report_of(args, rows)
     show(report, ["cosine"], "pairs of abstracts, mean-pooled last layer", 4, ("between", "n"))
     if args.json or args.inputs:
         write_report(args.json or Path(args.inputs[0]) / "pairwise.json", report)
@@ -990,10 +957,8 @@ def embed_llm(model, tokenizer, texts):
         hidden = model.model(ids[None], lengths=lengths)[0].float().cpu()                # (T, C)
         return torch.cat([part[1:] for part in hidden.split(lengths.tolist())])
 
-    parts = per_text(states, model, tokenizer, texts, desc="embeddings")
-    if any(part is None for part in parts):
-        raise ValueError("there are empty abstracts among them: choose others")
-    return F.normalize(torch.stack([part.mean(0) for part in parts]).double(), dim=1)
+    means = [part.mean(0) for part in per_text(states, model, tokenizer, texts, desc="embeddings")]
+    return F.normalize(torch.stack(means).double(), dim=1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1016,8 +981,8 @@ def words_of(text):
 
 def entropy(words):
     """Shannon entropy of the words' frequencies, bits; 0 for none. At most log2(their number)."""
-    p = np.array(list(Counter(words).values())) / max(1, len(words))
-    return float(-(p * np.log2(p)).sum()) if words else 0.0
+    p = np.array(list(Counter(words).values())) / len(words)
+    return float((p * np.log2(1 / p)).sum())
 
 
 def distinct(words, n):
@@ -1030,42 +995,38 @@ def longest_repeat(words):
     """Words in the longest span that occurs at two places.
 
     If a span does, its beginnings do: bisection over the length."""
-    low = 0
-    high = max(0, len(words) - 1)
-    while low < high:
-        n = (low + high + 1) // 2
-        if distinct(words, n) < 1:
-            low = n
-        else:
-            high = n - 1
-    return low
+    lengths = range(1, len(words))
+    return bisect.bisect_left(lengths, 1, key=lambda n: distinct(words, n))
+
+
+def repetition(words):
+    """Measures of how a list of words repeats itself."""
+    return {"entropy": entropy(words), "distinct-1": distinct(words, 1),
+            "distinct-2": distinct(words, 2), "distinct-3": distinct(words, 3),
+            "longest repeat": longest_repeat(words)}
 
 
 def signature(text, truth):
-    """The measures of one completion, as a dictionary of floats."""
+    """The measures of one completion, as a dictionary of numbers."""
     words = words_of(text)
-    kinds = {kind: float(bool(re.search(pattern, text, re.IGNORECASE)))
+    kinds = {kind: bool(re.search(pattern, text, re.IGNORECASE))
              for kind, pattern in METADATA.items()}
-    return {"words": float(len(words)), "length / truth": len(words) / max(1, len(words_of(truth))),
-            "entropy": entropy(words), "distinct-1": distinct(words, 1),
-            "distinct-2": distinct(words, 2), "distinct-3": distinct(words, 3),
-            "longest repeat": float(longest_repeat(words)),
-            "metadata": max(kinds.values()), **kinds}
+    return {"words": len(words), "length / truth": len(words) / max(1, len(words_of(truth))),
+            **repetition(words), "metadata": max(kinds.values()), **kinds}
 
 
 def drift_of(texts, window):
-    """Lists of words -> for each window of so many words the means over the texts that hold it.
+    """Lists of words -> for each window of so many words the means over the texts that fill it.
 
     Texts of at least two windows only."""
-    longest = max(map(len, texts))
+    texts = [words for words in texts if len(words) >= 2 * window]
     result = []
-    for k in range(longest // window if longest >= 2 * window else 0):
-        there = [words[k * window:(k + 1) * window] for words in texts
-                 if len(words) >= max(2, k + 1) * window]
-        result.append({"from word": k * window, "completions": len(there),
-                       "entropy": np.mean([entropy(words) for words in there]),
-                       "distinct-2": np.mean([distinct(words, 2) for words in there]),
-                       "longest repeat": np.mean([longest_repeat(words) for words in there])})
+    for k in range(max(map(len, texts), default=0) // window):
+        start = k * window
+        here = [repetition(words[start:start + window]) for words in texts
+                if len(words) >= start + window]
+        means = {measure: np.mean([r[measure] for r in here]) for measure in here[0]}
+        result.append({"from word": start, "completions": len(here), **means})
     return result
 
 
@@ -1073,26 +1034,24 @@ def signatures(args):
     """Repetition, invented metadata and length of completions, per model, with the truth as the row
     to compare with; of long completions also by windows."""
     pairs = {"truth": {}}                                     # {model: {id: (text, truth)}}
-    for model, records in completions_of(args.file).items():
+    for model, records in read_completions(args.file).items():
         pairs["truth"] |= {i: (r["truth"], r["truth"]) for i, r in records.items()}
         pairs[model] = {i: (r["completion"], r["truth"]) for i, r in records.items()}
     rows = []
     drift = []
-    for model, of_model in tqdm(pairs.items(), desc="signatures", unit="model", dynamic_ncols=True):
+    for model, of_model in tqdm(pairs.items(), desc="signatures", unit="model"):
         each = {i: signature(*pair) for i, pair in of_model.items()}
         names = list(next(iter(each.values())))
         rows.append(report_row(model, {k: {i: m[k] for i, m in each.items()} for k in names}))
         words = [words_of(text) for text, _ in of_model.values()]
         drift += [{"name": model, **d} for d in drift_of(words, args.window)]
-    means = [[r["name"], *(f"{s['mean']:.3f}" for s in r["measures"].values())] for r in rows]
+    means = [[r["name"], *(s["mean"] for s in r["measures"].values())] for r in rows]
     print_table(f"means over completions of {args.file} (metadata and its kinds: the share of "
                 "completions)", ["", *names], means)
     if drift:
-        cells = [[f"{v:.3f}" if isinstance(v, float) else v for v in d.values()] for d in drift]
         print_table(f"completions of two windows and more, by windows of {args.window} words",
-                    list(drift[0]), cells)
-    report = {"command": "signatures", "settings": vars(args), "rows": rows, "drift": drift}
-    write_report(beside(args.file, "signatures.json"), report)
+                    drift[0], [d.values() for d in drift])
+    write_report(beside(args.file, "signatures.json"), report_of(args, rows, drift=drift))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1189,9 +1148,9 @@ until you save it.</p>
 def rate(args):
     """One HTML page for blind rating of truth and completions by experts, and the key that tells
     which text is whose; with --collect the table from the raters' files."""
-    models = completions_of(args.file)
     if args.collect:
         return collect(args)
+    models = read_completions(args.file)
     first = next(iter(models.values()))
     ids = [i for i in first if all(i in records for records in models.values())]
     if not ids:
@@ -1201,16 +1160,16 @@ def rate(args):
     abstracts = []
     key = {}
     for n, i in enumerate(rng.permutation(ids)[:args.samples or None].tolist()):
-        texts = [("truth", first[i]["truth"])]
-        texts += [(model, records[i]["completion"]) for model, records in models.items()]
-        texts = [texts[k] for k in rng.permutation(len(texts))]
-        abstracts.append((first[i]["prompt"], [text.strip() for _, text in texts]))
-        key |= {f"{n}/{j}": {"id": i, "model": model} for j, (model, _) in enumerate(texts)}
+        texts = {"truth": first[i]["truth"]}
+        texts |= {model: records[i]["completion"] for model, records in models.items()}
+        order = rng.permutation(list(texts)).tolist()
+        abstracts.append((first[i]["prompt"], [texts[model].strip() for model in order]))
+        key |= {f"{n}/{j}": {"id": i, "model": model} for j, model in enumerate(order)}
     page = hashlib.sha256(json.dumps(abstracts).encode()).hexdigest()[:12]
     out = args.out or beside(args.file, "rate.html")
     with writing(out) as temporary:
         temporary.write_text(rating_page(abstracts, page), encoding="utf-8")
-    print(f"written: {out} ({len(abstracts)} abstracts, {len(texts)} texts each): give it to the "
+    print(f"written: {out} ({len(abstracts)} abstracts, {len(order)} texts each): give it to the "
           "raters")
     write_report(beside(args.file, f"{page}.key.json"), key)
     print(f"keep the key to yourself; then: python eval.py rate {args.file} --collect FILES")
@@ -1239,19 +1198,15 @@ def read_rating(file, path):
     Raises ValueError naming what is wrong."""
     saved = read_json(file)
     with reading(file, "is it what the rating page saved?"):
-        rater = str(saved["rater"])
-        if not re.fullmatch("[0-9a-f]{12}", saved["page"]):
-            raise ValueError(f"page {saved['page']!r} is none")
-        key = read_json(beside(path, f"{saved['page']}.key.json"), {})
-        if not key:
-            raise ValueError(f"the key of its page is not beside {path}")
+        key = read_json(beside(path, f"{saved['page']}.key.json"))
         result = {}
         for item, marks in saved["ratings"].items():
             good = all(c in CRITERIA and type(v) is int and 1 <= v <= 10 for c, v in marks.items())
             if item not in key or not good:
                 raise ValueError(f"item {item} is not on its page, or a mark is none from 1 to 10")
-            result[str(key[item]["model"]), str(key[item]["id"])] = marks
-    return rater, result
+            if marks:
+                result[key[item]["model"], key[item]["id"]] = marks
+        return str(saved["rater"]), result
 
 
 def collect(args):
@@ -1264,25 +1219,25 @@ def collect(args):
             raise ValueError(f"{file}: there is another file by the rater {rater}")
         raters[rater] = ratings
     items = list(dict.fromkeys(item for ratings in raters.values() for item in ratings))
-    rows = {model: {"name": model, "n": 0, "measures": {}} for model, _ in items}
+    if not items:
+        raise ValueError("these files hold no rating yet")
+    of = np.array([model for model, _ in items])
+    rows = [{"name": model, "measures": {}} for model in dict.fromkeys(of.tolist())]
     agreement = {}
     for c in CRITERIA:
         marks = np.array([[ratings.get(item, {}).get(c, np.nan) for item in items]
                           for ratings in raters.values()], float)                 # (raters, items)
         agreement[c] = krippendorff_alpha(marks)
-        for model, row in rows.items():
-            here = marks[:, [m == model for m, _ in items]]
-            here = here[:, ~np.isnan(here).all(0)]
-            if here.size:
-                s = summary(np.nanmean(here, 0)) | {"ratings": int((~np.isnan(here)).sum())}
-                row["measures"][f"rating {c}"] = s
-                row["n"] = max(row["n"], s["n"])
-    if not any(row["n"] for row in rows.values()):
-        raise ValueError("these files hold no rating yet")
-    best_first = sorted(rows.values(), key=lambda row: -row["measures"].get(
-        "rating overall", {"mean": 0})["mean"])
-    report = {"command": "rate", "settings": vars(args), "rows": best_first,
-              "raters": list(raters), "agreement": agreement}
+        count = (~np.isnan(marks)).sum(0)
+        for row in rows:
+            here = (of == row["name"]) & (count > 0)
+            if here.any():
+                s = summary(np.nanmean(marks[:, here], 0))
+                row["measures"][f"rating {c}"] = s | {"ratings": int(count[here].sum())}
+    for row in rows:
+        row["n"] = max(s["n"] for s in row["measures"].values())
+    rows.sort(key=lambda row: -row["measures"].get("rating overall", {"mean": 0})["mean"])
+    report = report_of(args, rows, raters=list(raters), agreement=agreement)
     show(report, [f"rating {c}" for c in CRITERIA], f"human rating by {', '.join(raters)}", 2)
     print("agreement of the raters (Krippendorff's alpha): " + ", ".join(
         f"{c} {'-' if alpha is None else f'{alpha:.3f}'}" for c, alpha in agreement.items()))
@@ -1322,34 +1277,34 @@ COMPARED = {"perplexity": "perplexity RUNS", "perplexity, NF4": None, "semscore"
 def compare(args):
     """One table and two figures over any number of runs and their bases: what the other commands
     measured of them, and their loss curves."""
+    refuse_twins(name_of(run) for run in args.runs)
     settings = {run: read_run(run) for run in args.runs}
-    if len({name_of(run) for run in settings}) < len(args.runs):
-        raise ValueError("two runs have directories of the same name: rename one, so that the "
-                         "table can tell them apart")
-    models = {name_of(s["base"]): run for run, s in settings.items()}
+    bases = {name_of(s["base"]): run for run, s in settings.items()}
     rows = [{"name": name, "measures": measured(name, run, args.completions)}
-            for name, run in models.items()]
+            for name, run in bases.items()]
     for run, s in settings.items():
         losses = [f"{loss:.4f}" for loss in validation_losses(run)]
         rows.append({"name": name_of(run), "subset": s["subset"], "lora": str(s.get("lora")),
                      "run": run, "validation loss": losses[-1] if losses else "-",
                      "measures": measured(name_of(run), run, args.completions)})
-    columns = [c for c in COMPARED if any(c in row["measures"] for row in rows)]
+    columns = []
     for column, command in COMPARED.items():
-        if command and column not in columns:
-            print(f"note: no {column} yet: python eval.py {command} (FILE: --completions, what "
-                  "`complete` wrote)", file=sys.stderr)
         every = [row["measures"][column] for row in rows if column in row["measures"]]
+        if every:
+            columns.append(column)
+        elif command:
+            note_once(f"no {column} yet: python eval.py {command} (FILE: --completions, what "
+                      "`complete` wrote)")
         if len({(s["on"], s["n"]) for s in every}) > 1:
-            print(f"note: {column} was not measured on the same abstracts for all of these; run "
-                  "them in one command", file=sys.stderr)
-    report = {"command": "compare", "settings": vars(args), "rows": rows}
+            note_once(f"{column} was not measured on the same abstracts for all of these; run them "
+                      "in one command")
+    report = report_of(args, rows)
     show(report, columns, "runs", keys=("subset", "lora", "validation loss"))
     out = args.out or Path(args.runs[0]).resolve().parent / "compare"
     write_report(f"{out}.json", report)
     if columns:
         draw_intervals(rows, columns, out)
-    draw_losses([row for row in rows if "run" in row], f"{out}-loss")
+    draw_losses(rows[len(bases):], f"{out}-loss")
 
 
 def draw_intervals(rows, columns, name):
@@ -1359,18 +1314,18 @@ def draw_intervals(rows, columns, name):
     with figure(name, 1, len(columns), size, sharey=True, squeeze=False) as axes:
         for c, ax in zip(columns, axes[0]):
             for y, row in enumerate(rows):
-                kind = kinds.index(row.get("lora"))
-                s = row["measures"].get(c)
-                if s:
+                if c in row["measures"]:
+                    s = row["measures"][c]
+                    kind = kinds.index(row.get("lora"))
                     ax.errorbar(s["mean"], y, xerr=error_bar(s), color=COLOURS[kind % 7],
                                 marker="*osD^vP"[kind % 7], ms=6, capsize=3)
-                if s and kind == 0:
-                    ax.axvline(s["mean"], color="0.6", ls="--", lw=1, zorder=0)
+                    if kind == 0:
+                        ax.axvline(s["mean"], color="0.6", ls="--", lw=1, zorder=0)
             ax.set_title(c.replace(", ", ",\n"))
-            ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
-            ax.set_ylim(len(rows) - 0.5, -0.5)
             ax.locator_params(axis="x", nbins=4)
             ax.grid(axis="x", alpha=0.3)
+        ax.set_yticks(range(len(rows)), [row["name"] for row in rows])        # shared by the panels
+        ax.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def draw_losses(rows, name):
@@ -1379,14 +1334,11 @@ def draw_losses(rows, name):
     size = (1.5 + 3.5 * len(kinds), 3.6)
     with figure(name, 1, len(kinds), size, sharex=True, sharey=True, squeeze=False) as axes:
         for kind, ax in zip(kinds, axes[0]):
-            last = 0
             here = [row for row in rows if row["lora"] == kind]
             for i, row in enumerate(here):
-                at = draw_curves(ax, [row["run"]], "epoch", "loss", style_of(i), row["name"], 0.02)
-                last = max([last, *at])
-            for boundary in range(1, math.ceil(last)):
-                ax.axvline(boundary, color="0.5", ls=":", lw=1, zorder=0)
-            ax.set(title=f"LoRA on {kind}", xlabel="epoch (dotted: an epoch ends)")
+                draw_curves(ax, [row["run"]], "epoch", "loss", style_of(i), row["name"], 0.02)
+            ax.set(title=f"LoRA on {kind}", xlabel="epoch")
+            ax.locator_params(axis="x", integer=True)         # the grid shows where epochs end
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
         axes[0, 0].set_ylabel("training loss [nats a token]")
@@ -1520,10 +1472,10 @@ def open_runs(args, experiment, shared):
     """The runs of a command line and the lightcones to judge them on -> groups {name: [(run,
     settings), ...]}, settings of the first, path, {split: names}.
 
-    Runs that differ by the seed only are one group. A run is judged on the lightcones that it set
-    aside when it started, whatever was added since; with --data on the split of other lightcones.
-    shared: the settings that must be equal. Raises ValueError where the runs cannot share a table,
-    or were trained on some of the lightcones."""
+    Runs that are called alike but for a "-seedN", and differ by the seed only, are one group. A run
+    is judged on the lightcones that it set aside when it started, whatever was added since; with
+    --data on the split of other lightcones. shared: the settings that must be equal. Raises
+    ValueError where the runs cannot share a table, or were trained on some of the lightcones."""
     settings = [read_settings(run, experiment) for run in args.runs]
     first = settings[0]
     needed = shared if args.data else (*shared, "lightcones")
@@ -1532,14 +1484,13 @@ def open_runs(args, experiment, shared):
         if any(s[k] != first[k] for k in needed):
             raise ValueError(f"{run} was trained on other lightcones, or another normalisation of "
                              f"them, than {args.runs[0]}: they cannot share a table")
-        same = {k: v for k, v in s.items() if k not in ("seed", "norm")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, s))
-    groups = list(groups.values())
-    names = [re.sub(r"[-_]?seed\d+$", "", Path(g[0][0]).resolve().name) for g in groups]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two groups of runs with different settings are called {name}: "
-                             "rename a directory, so that tables can tell them apart")
+        name = re.sub(r"[-_]?seed\d+$", "", Path(run).resolve().name)
+        group = groups.setdefault(name, [(run, s)])
+        if s | {"seed": None} != group[0][1] | {"seed": None}:
+            raise ValueError(f"runs with different settings are called {name}: rename a directory, "
+                             "so that tables can tell them apart")
+        if run != group[0][0]:
+            group.append((run, s))
     data = args.data or first["data"]
     if not Path(data).exists():
         raise ValueError(f"{data}, the lightcones of the run, is not there: say with --data where "
@@ -1554,7 +1505,7 @@ def open_runs(args, experiment, shared):
             raise ValueError(f"{len(seen)} of the {len(held_out)} {args.split} lightcones of "
                              f"{data} are among those that {run} was trained on: leave out --data, "
                              "or name lightcones that it has not seen")
-    return dict(zip(names, groups)), first, data, lightcones
+    return groups, first, data, lightcones
 
 
 def report_path(args):
@@ -1744,8 +1695,7 @@ def regress(args):
         loss = gaussian_nll(*gaussian(validation.signals), validation.parameters).mean().item()
         found = score(*gaussian(test.signals), test.parameters, args)
         methods.append(baseline(name, i, found, [loss]))
-    settings = {"data": str(data), "split": args.split, "samples": args.samples, "seed": args.seed,
-                "ridge alpha": alpha, "levels": LEVELS}
+    settings = vars(args) | {"data": data, "ridge alpha": alpha, "levels": LEVELS}
     report = {"command": args.command, "settings": settings, "rows": []}
     for m in methods:
         values = {"validation_loss": m["best"], "loss": m["loss"], "error": m["error"].mean(1)}
@@ -1955,9 +1905,8 @@ def posteriors(args):
         print_table(f"posterior of {what}: the Gaussian cut at the prior",
                     ["", "unit", "median", "std", "68% interval", "truth"], row.pop("table"))
         out = f"{args.out or run / 'posterior'}-{stem}"
-        write_report(f"{out}.json", {
-            "command": args.command, "settings": {"run": run, "file": file, "seed": args.seed},
-            "rows": [row | {"notes": notes, "gaussian": gaussian}]})
+        row |= {"notes": notes, "gaussian": gaussian}
+        write_report(f"{out}.json", report_of(args, [row]))
         signal = signal[0].numpy() * settings["norm"][1] + settings["norm"][0]
         draw_corner(draws, lightcone.parameters, z, signal, what, out)
 
@@ -2097,18 +2046,32 @@ def follow(predict, windows, test, p, args, device, bar):
     return dict(zip(FOLLOWED, found)) | {"map": by_cell, "by_slice": by_slice[0] / by_slice[1]}
 
 
+class FirstVelocity:
+    """A velocity network that keeps its first answer: that at t = 0, where the samplers begin."""
+
+    def __init__(self, net):
+        self.net = net
+        self.condition = net.condition
+        self.first = None
+
+    def __call__(self, x, t, c):
+        velocity = self.net(x, t, c)
+        if self.first is None:
+            self.first = velocity
+        return velocity
+
+
 def drawn_by(generator, args):
     """The generator as a `predict` of `follow`: each patch drawn once, given the truth before it;
     its conditional mean is e + v at t = 0, where the velocity v of the noise e is E[x] - e."""
     def predict(slices, conditions, noise):
         p = generator.p
-        net = generator.velocity
+        net = FirstVelocity(generator.velocity)
         cond = generator.patch_conditions(slices, conditions).flatten(0, 2)       # (N, 2, p, p)
         patches = patch(noise, p)                             # (B, S - 2, R, K, p*p)
         e = patches.reshape(-1, 1, p, p)
         x, _ = sample(net, cond, args.method, noise=e, steps=args.steps)
-        mean = e + net(e, e.new_zeros(len(e)), net.condition(cond))
-        return unpatch(x.view_as(patches)), unpatch(mean.view_as(patches))
+        return unpatch(x.view_as(patches)), unpatch((e + net.first).view_as(patches))
     return predict
 
 
@@ -2154,9 +2117,8 @@ def next_patch(args):
         for i, (name, function) in enumerate(simple.items()):
             found = follow(function, windows, test, p, args, device, bar)
             methods.append(baseline(name, i, found))
-    settings = {k: getattr(args, k) for k in ("split", "method", "steps", "seed")}
-    report = {"command": args.command, "rows": [], "settings": settings | {
-        "data": str(test.path), "windows": len(windows)}}
+    settings = vars(args) | {"data": test.path, "windows": len(windows)}
+    report = {"command": args.command, "settings": settings, "rows": []}
     for m in methods:
         values = {"validation_loss": m["best"]} | {k: m[k] for k in FOLLOWED}
         if m is not methods[0]:
@@ -2284,9 +2246,8 @@ def generate(args):
     with writing(f"{out}.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, **{f"generated {m['name']}": m["draws"] for m in methods[1:-1]})
     print(f"written: {out}.npz")
-    settings = {k: getattr(args, k) for k in ("split", "context", "slices", "slide", "samples",
-                                              "seed", "method", "steps")}
-    report = {"command": args.command, "settings": settings | {"data": str(test.path)}, "rows": []}
+    settings = vars(args) | {"data": test.path}
+    report = {"command": args.command, "settings": settings, "rows": []}
     panels = []
     for redshift in dict.fromkeys(z for z, _, _ in starts):
         here = [i for i, start in enumerate(starts) if start[0] == redshift]
