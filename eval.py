@@ -212,18 +212,6 @@ def read_json(path, otherwise=None):
         return found
 
 
-def read_report(path):
-    """A report of ours; one without rows where the file is not there (yet)."""
-    report = read_json(path, {"rows": []})
-    with reading(path, "write it again with eval.py"):
-        for row in report["rows"]:
-            if not isinstance(row["name"], str):
-                raise ValueError("a row has no name")
-            for s in row["measures"].values():
-                interval(s)                                   # raises for what is no summary
-    return report
-
-
 # -------------------------------------------------------------------------------------------------
 # Figures
 
@@ -246,11 +234,6 @@ def figure(name, rows=1, columns=1, size=(7, 4.5), **grid):
             with writing(f"{name}.{suffix}") as temporary:
                 temporary.write_bytes(content.getvalue())
             print(f"written: {name}.{suffix}")
-
-
-def error_bar(s):
-    """A summary's interval as matplotlib wants it: how far down and up from the mean, or None."""
-    return None if s["low"] is None else [[s["mean"] - s["low"]], [s["high"] - s["mean"]]]
 
 
 def style_of(i):
@@ -482,39 +465,36 @@ def load_model(m, args):
 # Perplexity
 
 
-def batches(sequences, most):
-    """Row numbers in batches of like lengths, the longest first, of at most so many tokens each."""
-    batch = []
-    tokens = 0
-    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        if batch and tokens + len(sequences[i]) > most:
-            yield batch
-            batch = []
-            tokens = 0
-        batch.append(i)
-        tokens += len(sequences[i])
-    if batch:
-        yield batch
+def in_batches(function, sequences, most, desc):
+    """What a function gives of a list of sequences, one result each, for all of them, as a list.
+
+    They come to it in batches of like lengths, the longest first, of about `most` tokens each."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    ends = np.cumsum([len(sequences[i]) for i in order])
+    result = {}
+    with tqdm(total=len(order), desc=desc, unit="text", dynamic_ncols=True) as bar:
+        for rows in np.split(order, np.flatnonzero(np.diff(ends // most)) + 1):
+            result |= zip(rows.tolist(), function([sequences[i] for i in rows]))
+            bar.update(len(rows))
+    return [result[i] for i in range(len(sequences))]
 
 
 @torch.no_grad()
 def per_text(function, model, tokenizer, texts, most=4096, desc="texts"):
     """What a function (ids, lengths) -> (tokens, ..) gives for the tokens of each text after BOS.
 
-    -> a list of tensors on the CPU, one a text. Texts of like length are computed together, up to
+    -> a list of tensors on the CPU, one a text. Texts of like length are computed together, about
     `most` tokens, which changes nothing but the speed. ValueError for a text without tokens."""
+    def compute(sequences):
+        ids, lengths = data_arxiv.collate(sequences)
+        values = function(ids.to(model.lm_head.weight.device), lengths).cpu()
+        return values.split((lengths - 1).tolist())
+
     bos, _ = bos_eos(model.config, tokenizer)
     sequences = [data_arxiv.encode(tokenizer, text, bos, None) for text in texts]
     if min(map(len, sequences)) < 2:
         raise ValueError("the tokenizer finds no token in an abstract: is it this model's own?")
-    result = {}
-    with tqdm(total=len(sequences), desc=desc, unit="abstract", dynamic_ncols=True) as bar:
-        for rows in batches(sequences, most):
-            ids, lengths = data_arxiv.collate([sequences[i] for i in rows])
-            values = function(ids.to(model.lm_head.weight.device), lengths).cpu()
-            result |= zip(rows, values.split((lengths - 1).tolist()))
-            bar.update(len(rows))
-    return [result[i] for i in range(len(sequences))]
+    return in_batches(compute, sequences, most, desc)
 
 
 def perplexities(model, tokenizer, texts, batch_tokens=4096, desc="perplexity"):
@@ -593,20 +573,27 @@ def read_completions(path):
     return models
 
 
+def with_truth(models):
+    """Completions {model: {id: record}} and before them, as if a model gave it, the truth."""
+    truth = {i: r | {"completion": r["truth"]}
+             for records in models.values() for i, r in records.items()}
+    return {"truth": truth} | models
+
+
 def complete_batch(model, tokenizer, prompts, ids, args):
     """Completions (str) of prompts; each draws from the random stream of (--seed, its id)."""
-    config = model.config
-    bos, _ = bos_eos(config, tokenizer)
+    bos, _ = bos_eos(model.config, tokenizer)
     encoded = [data_arxiv.encode(tokenizer, prompt, bos, None) for prompt in prompts]
     if args.no_bos:
         encoded = [tokens[1:] for tokens in encoded]
     longest = max(map(len, encoded)) + args.max_new_tokens
-    if longest > config.max_position_embeddings:
+    room = model.config.max_position_embeddings
+    if longest > room:
         raise ValueError(f"prompt and completion may take {longest} tokens, the model has room for "
-                         f"{config.max_position_embeddings}: lower --max-new-tokens")
+                         f"{room}: lower --max-new-tokens")
     seeds = [zlib.crc32(f"{args.seed} {i}".encode()) for i in ids]
     new = generate_text(model, encoded, args.max_new_tokens, args.temperature, args.top_k,
-                        config.eos_token_id, seeds)
+                        model.config.eos_token_id, seeds)
     # decoded together: a word that the prompt began goes on
     return [tokenizer.decode(p + n)[len(tokenizer.decode(p)):] for p, n in zip(encoded, new)]
 
@@ -615,9 +602,9 @@ def finish_prompt(models, args):
     """Print what the models (of one base: its runs alone, if there are any) make of --prompt."""
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: give a few words to go on from")
-    bases = [m for m in models if not m.adapter]
-    if len(bases) == 1:
-        models = models[1:] or bases
+    runs = [m for m in models if m.adapter]
+    if len(runs) == len(models) - 1:
+        models = runs or models
     for m in models:
         model, _ = load_model(m, args)
         completion, = complete_batch(model, load_tokenizer(m.base), [args.prompt], ["prompt"], args)
@@ -749,32 +736,33 @@ def read_modules(directory):
 
     -> (directory of its weights, poolings, normalised, settings of its text: max_seq_length,
     do_lower_case). Raises ValueError for what is not computed here, such as Dense layers."""
-    modules = read_json(directory / "modules.json", [])
-    if not modules:
+    usual = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+    modules = read_json(directory / "modules.json", usual)
+    if modules is usual:
         note_once(f"{directory} has no modules.json: the mean over tokens is taken, as "
                   "sentence-transformers does")
-        modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
     with reading(directory / "modules.json"):
         kinds = [m["type"].rpartition(".")[2] for m in modules]
         if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:
             raise ValueError(f"{', '.join(kinds)}: only Transformer, Pooling and Normalize, in "
                              "this order, are computed here")
-        places = [Path(m["path"]) for m in modules]
-        if any(place.is_absolute() or ".." in place.parts for place in places):
+        weights, pooled = [directory / m["path"] for m in modules[:2]]
+        if not all(p.resolve().is_relative_to(directory.resolve()) for p in (weights, pooled)):
             raise ValueError("a path leaves the directory")
-    weights, pooled = [directory / place for place in places[:2]]
     text = read_json(weights / "sentence_bert_config.json", {})
     pooling = read_json(pooled / "config.json", {})
-    for config in (text, pooling, read_json(directory / "config_sentence_transformers.json", {})):
-        unknown = [key for key, value in config.items() if value and key not in KNOWN]
+    own = read_json(directory / "config_sentence_transformers.json", {})
+    with reading(directory, "choose another --encoder"):
+        unknown = [key for config in (text, pooling, own) for key, value in config.items()
+                   if value and key not in KNOWN]
         if unknown:
-            raise ValueError(f"{directory} sets {', '.join(unknown)}, which is not computed here: "
-                             "choose another --encoder")
-    modes = pooling.get("pooling_mode") or [m for key, m in POOLINGS.items() if pooling.get(key)]
-    modes = [modes] if isinstance(modes, str) else modes or ["mean"]
-    if not COMPUTED.issuperset(modes):
-        raise ValueError(f"{pooled}/config.json asks for {', '.join(modes)} pooling; computed here "
-                         f"are {', '.join(sorted(COMPUTED))}: choose another --encoder")
+            raise ValueError(f"it sets {', '.join(unknown)}, which is not computed here")
+        modes = [mode for key, mode in POOLINGS.items() if pooling.get(key)]
+        modes = pooling.get("pooling_mode") or modes or ["mean"]
+        modes = [modes] if isinstance(modes, str) else modes
+        if not COMPUTED.issuperset(modes):
+            raise ValueError(f"it asks for {', '.join(modes)} pooling; computed here are "
+                             f"{', '.join(sorted(COMPUTED))}")
     return weights, modes, "Normalize" in kinds, text
 
 
@@ -882,14 +870,15 @@ def embed(encoder, texts, most=4096):
 
     most: tokens in one pass."""
     device = encoder.tensors["embeddings.word_embeddings.weight"].device
-    sequences = [torch.tensor(e.ids) for e in encoder.tokenizer.encode_batch(list(texts))]
-    vectors = {}
-    for rows in tqdm(list(batches(sequences, most)), desc="embeddings", unit="batch"):
-        ids = torch.nn.utils.rnn.pad_sequence([sequences[i] for i in rows], True, -1)     # (B, T)
+
+    def compute(sequences):
+        ids = torch.nn.utils.rnn.pad_sequence(sequences, True, -1)                # (B, T)
         mask = ids >= 0
-        hidden = encode_sentences(encoder, ids.clamp(min=0).to(device), mask.to(device)).cpu()
-        vectors |= zip(rows, pool(hidden, mask, encoder.pooling))
-    result = torch.stack([vectors[i] for i in range(len(sequences))])
+        hidden = encode_sentences(encoder, ids.clamp(min=0).to(device), mask.to(device))
+        return pool(hidden.cpu(), mask, encoder.pooling)
+
+    sequences = [torch.tensor(e.ids) for e in encoder.tokenizer.encode_batch(list(texts))]
+    result = torch.stack(in_batches(compute, sequences, most, "embeddings"))
     if not result.isfinite().all():
         raise ValueError("the encoder gives numbers that are not finite: choose another --encoder")
     return F.normalize(result, dim=1) if encoder.normalised else result
@@ -903,21 +892,17 @@ def semscore(args):
     if len(args.inputs) != 1:
         raise ValueError("give one file that `eval.py complete` wrote")
     path = args.inputs[0]
-    pairs = {}                                                # {model: {id: (truth, completed)}}
-    alone = {}
-    for model, records in read_completions(path).items():
-        whole = {i: f"{r['prompt']} {r['truth']}" for i, r in records.items()}
-        pairs[model] = {i: (whole[i], r["prompt"] + r["completion"]) for i, r in records.items()}
-        alone |= {i: (whole[i], r["prompt"]) for i, r in records.items()}
-    pairs["prompt alone"] = alone                             # the last row
+    models = read_completions(path)
+    models["prompt alone"] = {i: r | {"completion": ""}
+                              for records in models.values() for i, r in records.items()}
+    pairs = {(model, i): (f"{r['prompt']} {r['truth']}", r["prompt"] + r["completion"])
+             for model, records in models.items() for i, r in records.items()}
     encoder = load_encoder(args.encoder, start_processes(args.device)[2])
-    texts = dict.fromkeys(text for of_model in pairs.values()
-                          for pair in of_model.values() for text in pair)
+    texts = dict.fromkeys(itertools.chain(*pairs.values()))
     vectors = dict(zip(texts, F.normalize(embed(encoder, texts).double(), dim=1)))
-    rows = []
-    for model, of_model in pairs.items():
-        scores = {i: float(vectors[a] @ vectors[b]) for i, (a, b) in of_model.items()}
-        rows.append(report_row(model, {"semscore": scores}))
+    scores = {place: float(vectors[a] @ vectors[b]) for place, (a, b) in pairs.items()}
+    rows = [report_row(model, {"semscore": {i: scores[model, i] for i in records}})
+            for model, records in models.items()]
     report = report_of(args, rows)
     show(report, ["semscore"], f"SemScore of {path} with {args.encoder}", 4)
     write_report(args.json or beside(path, "semscore.json"), report)
@@ -1033,17 +1018,14 @@ def drift_of(texts, window):
 def signatures(args):
     """Repetition, invented metadata and length of completions, per model, with the truth as the row
     to compare with; of long completions also by windows."""
-    pairs = {"truth": {}}                                     # {model: {id: (text, truth)}}
-    for model, records in read_completions(args.file).items():
-        pairs["truth"] |= {i: (r["truth"], r["truth"]) for i, r in records.items()}
-        pairs[model] = {i: (r["completion"], r["truth"]) for i, r in records.items()}
+    models = with_truth(read_completions(args.file))
     rows = []
     drift = []
-    for model, of_model in tqdm(pairs.items(), desc="signatures", unit="model"):
-        each = {i: signature(*pair) for i, pair in of_model.items()}
+    for model, records in tqdm(models.items(), desc="signatures", unit="model"):
+        each = {i: signature(r["completion"], r["truth"]) for i, r in records.items()}
         names = list(next(iter(each.values())))
         rows.append(report_row(model, {k: {i: m[k] for i, m in each.items()} for k in names}))
-        words = [words_of(text) for text, _ in of_model.values()]
+        words = [words_of(r["completion"]) for r in records.values()]
         drift += [{"name": model, **d} for d in drift_of(words, args.window)]
     means = [[r["name"], *(s["mean"] for s in r["measures"].values())] for r in rows]
     print_table(f"means over completions of {args.file} (metadata and its kinds: the share of "
@@ -1150,9 +1132,8 @@ def rate(args):
     which text is whose; with --collect the table from the raters' files."""
     if args.collect:
         return collect(args)
-    models = read_completions(args.file)
-    first = next(iter(models.values()))
-    ids = [i for i in first if all(i in records for records in models.values())]
+    models = with_truth(read_completions(args.file))
+    ids = [i for i in models["truth"] if all(i in records for records in models.values())]
     if not ids:
         raise ValueError(f"no abstract of {args.file} has a completion by every model: finish "
                          "`eval.py complete` first")
@@ -1160,16 +1141,15 @@ def rate(args):
     abstracts = []
     key = {}
     for n, i in enumerate(rng.permutation(ids)[:args.samples or None].tolist()):
-        texts = {"truth": first[i]["truth"]}
-        texts |= {model: records[i]["completion"] for model, records in models.items()}
-        order = rng.permutation(list(texts)).tolist()
-        abstracts.append((first[i]["prompt"], [texts[model].strip() for model in order]))
+        order = rng.permutation(list(models)).tolist()
+        texts = [models[model][i]["completion"].strip() for model in order]
+        abstracts.append((models["truth"][i]["prompt"], texts))
         key |= {f"{n}/{j}": {"id": i, "model": model} for j, model in enumerate(order)}
     page = hashlib.sha256(json.dumps(abstracts).encode()).hexdigest()[:12]
     out = args.out or beside(args.file, "rate.html")
     with writing(out) as temporary:
         temporary.write_text(rating_page(abstracts, page), encoding="utf-8")
-    print(f"written: {out} ({len(abstracts)} abstracts, {len(order)} texts each): give it to the "
+    print(f"written: {out} ({len(abstracts)} abstracts, {len(models)} texts each): give it to the "
           "raters")
     write_report(beside(args.file, f"{page}.key.json"), key)
     print(f"keep the key to yourself; then: python eval.py rate {args.file} --collect FILES")
@@ -1221,8 +1201,9 @@ def collect(args):
     items = list(dict.fromkeys(item for ratings in raters.values() for item in ratings))
     if not items:
         raise ValueError("these files hold no rating yet")
-    of = np.array([model for model, _ in items])
-    rows = [{"name": model, "measures": {}} for model in dict.fromkeys(of.tolist())]
+    models = np.array([model for model, _ in items])
+    rows = [{"name": model, "n": n, "measures": {}}
+            for model, n in Counter(models.tolist()).items()]
     agreement = {}
     for c in CRITERIA:
         marks = np.array([[ratings.get(item, {}).get(c, np.nan) for item in items]
@@ -1230,17 +1211,15 @@ def collect(args):
         agreement[c] = krippendorff_alpha(marks)
         count = (~np.isnan(marks)).sum(0)
         for row in rows:
-            here = (of == row["name"]) & (count > 0)
+            here = (models == row["name"]) & (count > 0)
             if here.any():
                 s = summary(np.nanmean(marks[:, here], 0))
                 row["measures"][f"rating {c}"] = s | {"ratings": int(count[here].sum())}
-    for row in rows:
-        row["n"] = max(s["n"] for s in row["measures"].values())
     rows.sort(key=lambda row: -row["measures"].get("rating overall", {"mean": 0})["mean"])
     report = report_of(args, rows, raters=list(raters), agreement=agreement)
     show(report, [f"rating {c}" for c in CRITERIA], f"human rating by {', '.join(raters)}", 2)
-    print("agreement of the raters (Krippendorff's alpha): " + ", ".join(
-        f"{c} {'-' if alpha is None else f'{alpha:.3f}'}" for c, alpha in agreement.items()))
+    print_table("agreement of the raters (Krippendorff's alpha)", CRITERIA,
+                [["-" if alpha is None else alpha for alpha in agreement.values()]])
     write_report(beside(args.file, "rating.json"), report)
 
 
@@ -1257,10 +1236,14 @@ def measured(name, run, completions=None):
                     for kind in ("semscore", "signatures", "rating")}
     found = {}
     for path, suffix in reports.items():
-        for row in read_report(path)["rows"]:
-            if row["name"] == name:
-                on = row.get("on", Path(completions or path).name)
-                found |= {m + suffix: s | {"on": on} for m, s in row["measures"].items()}
+        rows = read_json(path, {"rows": []})
+        with reading(path, "write it again with eval.py"):
+            for row in rows["rows"]:
+                for m, s in row["measures"].items():
+                    interval(s)                               # raises for what is no summary
+                    if row["name"] == name:
+                        on = row.get("on", Path(completions or path).name)
+                        found[m + suffix] = s | {"on": on, "n": s["n"]}
     return found
 
 
@@ -1316,8 +1299,10 @@ def draw_intervals(rows, columns, name):
             for y, row in enumerate(rows):
                 if c in row["measures"]:
                     s = row["measures"][c]
+                    ends = None if s["low"] is None else [[s["mean"] - s["low"]],
+                                                          [s["high"] - s["mean"]]]
                     kind = kinds.index(row.get("lora"))
-                    ax.errorbar(s["mean"], y, xerr=error_bar(s), color=COLOURS[kind % 7],
+                    ax.errorbar(s["mean"], y, xerr=ends, color=COLOURS[kind % 7],
                                 marker="*osD^vP"[kind % 7], ms=6, capsize=3)
                     if kind == 0:
                         ax.axvline(s["mean"], color="0.6", ls="--", lw=1, zorder=0)
@@ -1428,22 +1413,26 @@ def export(args):
             raise ValueError("no token for the hub: make one with write access at "
                              "https://huggingface.co/settings/tokens, then run `hf auth login`")
     card = model_card(args, settings, base_id)
-    with new_directory(args.out) as temporary:
-        if args.what == "merged":
-            save_merged(base, adapter, temporary)
-            files = [fetch(base) / name for name in TOKENIZER_FILES]
-        else:
-            no_links_out(adapter)
-            files = [adapter / "adapter_model.safetensors"]
-            config = read_json(adapter / "adapter_config.json")
-            config["base_model_name_or_path"] = base_id or base
-            with writing(temporary / "adapter_config.json") as path:
-                path.write_text(json.dumps(config, indent=1))
-        for file in filter(Path.exists, files):
-            with writing(temporary / file.name) as path:
-                shutil.copyfile(file, path)
-        with writing(temporary / "README.md") as path:
-            path.write_text(card, encoding="utf-8")
+    try:
+        with new_directory(args.out) as temporary:
+            if args.what == "merged":
+                save_merged(base, adapter, temporary)
+                files = [fetch(base) / name for name in TOKENIZER_FILES]
+            else:
+                no_links_out(adapter)
+                files = [adapter / "adapter_model.safetensors"]
+                config = read_json(adapter / "adapter_config.json")
+                config["base_model_name_or_path"] = base_id or base
+                with writing(temporary / "adapter_config.json") as path:
+                    path.write_text(json.dumps(config, indent=1))
+            for file in filter(Path.exists, files):
+                with writing(temporary / file.name) as path:
+                    shutil.copyfile(file, path)
+            with writing(temporary / "README.md") as path:
+                path.write_text(card, encoding="utf-8")
+    except OSError as e:                # it names the temporary directory, which is gone
+        hidden = rf"\.({re.escape(Path(args.out).name)})\.[^/]*\.tmp"
+        raise OSError(re.sub(hidden, r"\1", str(e))) from e
     names = ", ".join(sorted(p.name for p in Path(args.out).iterdir()))
     print(f"{args.out} holds the {args.what} model: {names}")
     if args.push:
