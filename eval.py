@@ -98,8 +98,7 @@ from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, SYMBOLS, UNITS, Glob
 from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (bos_eos, fetch, generate as generate_text, load_config, load_pretrained,
-                   load_tokenizer, new_directory, no_links_out, note as note_once,
-                   token_nll)
+                   load_tokenizer, new_directory, no_links_out, note as note_once, token_nll)
 from quant import NF4Linear
 
 COLOURS = [                                                   # Okabe and Ito, colour-blind safe
@@ -125,7 +124,7 @@ def summary(values, bootstrap=True):
     low = high = None
     if bootstrap and n >= 10:
         rng = np.random.default_rng(0)
-        means = [values[rng.integers(n, size=(99, n))].mean(1) for _ in range(101)]
+        means = [values[rng.integers(n, size=(99, n))].mean(1) for _ in range(101)]       # 9,999
         low, high = np.quantile(means, [0.025, 0.975]).tolist()
     q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {"n": n, "mean": float(values.mean()), "low": low, "high": high,
@@ -206,10 +205,9 @@ def read_json(path, otherwise=None):
         return otherwise
     with reading(path):
         found = json.loads(Path(path).read_bytes())
-        kind = list if isinstance(otherwise, list) else dict
-        if not isinstance(found, kind):
-            raise ValueError(f"it holds no JSON {'list' if kind is list else 'object'}")
-        return found
+        if not isinstance(found, type(otherwise or {})):
+            raise ValueError(f"a JSON {type(found).__name__} is not what it should hold")
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ def smooth(epochs, losses, width):
 
 
 def draw_curves(ax, runs, x, key, look, label, smoothing=0.0):
-    """Draw a quantity of metrics.jsonl against x ("epoch" or "step") -> the values of x.
+    """Draw a quantity of metrics.jsonl against x ("epoch" or "step").
 
     The line is the mean over runs that differ by the seed, the band one standard deviation.
     smoothing: the part of a curve to each side that a running mean takes in; over epochs it
@@ -286,7 +284,6 @@ def draw_curves(ax, runs, x, key, look, label, smoothing=0.0):
     ax.plot(at, mean, **look, label=label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""))
     if len(runs) > 1:
         ax.fill_between(at, mean - std, mean + std, color=look["color"], alpha=0.25, lw=0)
-    return at
 
 
 # -------------------------------------------------------------------------------------------------
@@ -404,8 +401,8 @@ def texts_of(args, settings, models=()):
     for name in args.across or [subset]:
         texts, what = read_texts(data, name, args)
         found[what] = texts
-        for m in models:
-            if args.split != "train" and m.adapter and (m.adapter.parent / "rows.npz").exists():
+        for m in models if args.split != "train" else []:
+            if m.adapter and (m.adapter.parent / "rows.npz").exists():
                 check_unseen(m, texts, what)
     return found
 
@@ -672,12 +669,12 @@ def add_completions(out, m, abstracts, have, args, bar):
                 "temperature": args.temperature, "top_k": args.top_k, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens, "bos": not args.no_bos}
     for i, old in have.items():
-        now = settings | {"prompt": abstracts.get(i, [old["prompt"]])[0]}
         was = old["settings"] | {"prompt": old["prompt"]}
-        changed = [f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in now if was.get(k) != now[k]]
-        if changed:
-            raise ValueError(f"--out holds completions of {m.name} with other settings "
-                             f"({'; '.join(changed)}): choose another")
+        now = settings | {"prompt": abstracts.get(i, [old["prompt"]])[0]}
+        for k in now:
+            if was.get(k) != now[k]:
+                raise ValueError(f"--out holds other completions of {m.name} ({k} was "
+                                 f"{was.get(k)!r}, now {now[k]!r}): choose another")
     order = sorted(abstracts, key=lambda i: len(abstracts[i][0]))       # like lengths: less padding
     parts = [order[k:k + args.batch_size] for k in range(0, len(order), args.batch_size)]
     parts = [ids for ids in parts if not have.keys() >= set(ids)]       # whole: rounds the same
@@ -1156,20 +1153,19 @@ def rate(args):
 
 
 def krippendorff_alpha(values):
-    """Agreement of raters beyond chance, Krippendorff's alpha for interval data: 1 - observed /
-    expected squared difference of pairs.
+    """Agreement of raters beyond chance, Krippendorff's alpha for interval data: 1 - variance
+    within items, weighted by their ratings, over the variance of all ratings (both unbiased).
 
     values (raters, items), NaN where a rater gave none; items with one rating say nothing. 1: full
     agreement, 0: as by chance; None where there is nothing to compare. K. Krippendorff, Content
     Analysis (2004), chapter 11."""
-    items = [v[~np.isnan(v)] for v in values.T]
-    items = [v for v in items if len(v) > 1]
-    if not items:
+    count = (~np.isnan(values)).sum(0)                        # ratings of each item
+    values = values[:, count > 1]
+    total = np.nanvar(values, ddof=1) if values.size else 0
+    if not total:
         return None
-    every = np.concatenate(items)
-    observed = sum(((v[:, None] - v) ** 2).sum() / (len(v) - 1) for v in items) / len(every)
-    expected = 2 * len(every) * every.var() / (len(every) - 1)         # over all pairs
-    return float(1 - observed / expected) if expected else None
+    within = np.average(np.nanvar(values, 0, ddof=1), weights=count[count > 1])
+    return float(1 - within / total)
 
 
 def read_rating(file, path):
