@@ -782,6 +782,7 @@ def load_encoder(source, device="cpu"):
     with reading(directory / "tokenizer.json", "get the encoder again") as path:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         tokenizer.no_padding()
+        tokenizer.encode("a")                                 # some damage shows only here
         if text.get("do_lower_case"):
             own = [tokenizer.normalizer] if tokenizer.normalizer else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
@@ -1237,6 +1238,8 @@ def measured(name, run, completions=None):
             for row in rows["rows"]:
                 for m, s in row["measures"].items():
                     interval(s)                               # raises for what is no summary
+                    if not np.isfinite([v for v in s.values() if v is not None]).all():
+                        raise ValueError(f"{m} of {row['name']} is not finite")
                     if row["name"] == name:
                         on = row.get("on", Path(completions or path).name)
                         found[m + suffix] = s | {"on": on, "n": s["n"]}
