@@ -1457,42 +1457,41 @@ def upload(args):
 
 
 def open_runs(args, experiment, shared):
-    """The runs of a command line and the lightcones to judge them on -> groups {name: [(run,
-    settings), ...]}, settings of the first, path, {split: names}.
+    """The runs of a command line and the lightcones to judge them on -> groups {name: {run:
+    settings}}, settings of the first, path, {split: names}.
 
     Runs that are called alike but for a "-seedN", and differ by the seed only, are one group. A run
     is judged on the lightcones that it set aside when it started, whatever was added since; with
     --data on the split of other lightcones. shared: the settings that must be equal. Raises
     ValueError where the runs cannot share a table, or were trained on some of the lightcones."""
-    settings = [read_settings(run, experiment) for run in args.runs]
-    first = settings[0]
-    needed = shared if args.data else (*shared, "lightcones")
-    groups = {}
-    for run, s in zip(args.runs, settings):
-        if any(s[k] != first[k] for k in needed):
-            raise ValueError(f"{run} was trained on other lightcones, or another normalisation of "
-                             f"them, than {args.runs[0]}: they cannot share a table")
-        name = re.sub(r"[-_]?seed\d+$", "", Path(run).resolve().name)
-        group = groups.setdefault(name, [(run, s)])
-        if s | {"seed": None} != group[0][1] | {"seed": None}:
-            raise ValueError(f"runs with different settings are called {name}: rename a directory, "
-                             "so that tables can tell them apart")
-        if run != group[0][0]:
-            group.append((run, s))
+    runs = {Path(run): read_settings(run, experiment) for run in args.runs}
+    first = runs[Path(args.runs[0])]
     data = args.data or first["data"]
     if not Path(data).exists():
         raise ValueError(f"{data}, the lightcones of the run, is not there: say with --data where "
                          "they are")
     lightcones = first["lightcones"]
     if args.data:
-        kind = {"regress": "regression", "generate": "generation"}[experiment]
+        kind = "regression" if experiment == "regress" else "generation"
         lightcones, _ = split_names(data, kind)
-    held_out = lightcones[args.split]
-    for run, s in zip(args.runs, settings):
-        if seen := set(held_out) & set(s["lightcones"]["train"]):
+    else:
+        shared = (*shared, "lightcones")
+    held_out = set(lightcones[args.split])
+    groups = {}
+    for run, s in runs.items():
+        if any(s[k] != first[k] for k in shared):
+            raise ValueError(f"{run} was trained on other lightcones, or another normalisation of "
+                             f"them, than {args.runs[0]}: they cannot share a table")
+        if seen := held_out & set(s["lightcones"]["train"]):
             raise ValueError(f"{len(seen)} of the {len(held_out)} {args.split} lightcones of "
                              f"{data} are among those that {run} was trained on: leave out --data, "
                              "or name lightcones that it has not seen")
+        name = re.sub(r"[-_]?seed\d+$", "", run.resolve().name)
+        group = groups.setdefault(name, {})
+        if any(s | {"seed": None} != other | {"seed": None} for other in group.values()):
+            raise ValueError(f"runs with different settings are called {name}: rename a directory, "
+                             "so that tables can tell them apart")
+        group[run] = s
     return groups, first, data, lightcones
 
 
@@ -1519,14 +1518,14 @@ def best_loss(run, settings):
 
 
 def judge(groups, score):
-    """Groups of runs -> a method each: name, runs, settings, best validation losses, look, and what
-    score(run, settings) -> {key: array} finds: the mean over seeds; "draws" side by side."""
+    """Groups of runs -> a method each: name, runs, settings, look, best validation losses, and what
+    score(run, settings) -> {measure: array} finds: the mean over seeds; "draws" side by side."""
     methods = []
-    for i, (name, members) in enumerate(groups.items()):
-        best = [best_loss(run, s) for run, s in members]
-        found = [score(run, s) for run, s in members]
-        method = {"name": name, "runs": [str(run) for run, _ in members], "best": best,
-                  "settings": members[0][1], "look": style_of(i)}
+    for i, (name, runs) in enumerate(groups.items()):
+        best = [best_loss(run, s) for run, s in runs.items()]
+        found = [score(run, s) for run, s in runs.items()]
+        method = {"name": name, "runs": list(runs), "look": style_of(i),
+                  "settings": next(iter(runs.values())), "validation_loss": best}
         for key in found[0]:
             arrays = [f[key] for f in found]
             method[key] = np.concatenate(arrays, 1) if key == "draws" else np.mean(arrays, 0)
@@ -1534,21 +1533,22 @@ def judge(groups, score):
     return methods
 
 
-def baseline(name, i, found, best=()):
+def baseline(name, i, found):
     """A method that needs no network, in grey."""
     look = {"color": ("0.4", "0.55", "0.7")[i], "ls": ("--", "-.", ":")[i]}
-    return {"name": name, "runs": [], "best": list(best), "settings": {}, "look": look, **found}
+    return {"name": name, "runs": [], "settings": {}, "look": look, **found}
 
 
 SEEDS = ("n", "seeds", "std over seeds")                      # what tables show of a row
 
 
-def row_of(m, n, values, **more):
-    """A method's row of the report; values {measure: (n,)}, of which what is not finite is left
+def row_of(m, n, measures, **more):
+    """A method's row of the report on some of its measures, (n,) each. What is not finite is left
     out, as is a measure that never is."""
-    finite = {k: np.asarray(v)[np.isfinite(v)] for k, v in values.items()}
-    scatter = f"{np.std(m['best']):.4f}" if len(m["runs"]) > 1 else "-"
-    return {"name": m["name"], "n": n, "seeds": len(m["runs"]) or "-", "std over seeds": scatter,
+    finite = {k: np.asarray(m[k])[np.isfinite(m[k])] for k in measures if k in m}
+    seeds = len(m["runs"])
+    scatter = f"{np.std(m['validation_loss']):.4f}" if seeds > 1 else "-"
+    return {"name": m["name"], "n": n, "seeds": seeds or "-", "std over seeds": scatter,
             "runs": m["runs"], "measures": {k: summary(v) for k, v in finite.items() if len(v)},
             **more}
 
@@ -1559,31 +1559,20 @@ def legend(ax, title=None):
                      fontsize=8, title=title, title_fontsize=8)
 
 
-def over_seeds(methods, what):
-    """What a band or a bar means, where there is one."""
-    return what if any(len(m["runs"]) > 1 for m in methods) else None
-
-
-def draw_training(methods, x, losses, name, smoothing=(0, 0), **scales):
+def draw_training(methods, x, losses, name, **scales):
     """A panel for each of losses {key of metrics.jsonl: label}: against x ("epoch" or "step"), the
     mean over seeds and one standard deviation as a band; baselines as level lines."""
-    with figure(name, 1, len(losses), (7 if len(losses) == 1 else 10, 4.5), squeeze=False) as axes:
-        for ax, (key, label), width in zip(axes[0], losses.items(), smoothing):
+    with figure(name, 1, len(losses), (2 + 4.5 * len(losses), 4.5), squeeze=False) as axes:
+        for ax, (key, label) in zip(axes[0], losses.items()):
             for m in methods:
                 if m["runs"]:
-                    draw_curves(ax, m["runs"], x, key, m["look"], m["name"], width)
-                elif m["best"]:
-                    ax.axhline(m["best"][0], **m["look"], lw=1, label=m["name"])
+                    smoothing = 0.02 if key == "loss" else 0
+                    draw_curves(ax, m["runs"], x, key, m["look"], m["name"], smoothing)
+                elif key in m:
+                    ax.axhline(m[key][0], **m["look"], lw=1, label=m["name"])
             ax.set(xlabel=x, ylabel=f"$\\leftarrow$ better    {label}", **scales)
             ax.grid(alpha=0.3, which="both")
-        legend(ax, over_seeds(methods, "line, band: mean and standard deviation over seeds"))
-
-
-def grid(n):
-    """Rows, columns and size of a figure of n panels."""
-    columns = math.ceil(n**0.5)
-    rows = math.ceil(n / columns)
-    return rows, columns, (3.2 * columns + 1, 2.9 * rows + 0.9)
+        legend(ax, "bands: standard deviation over seeds, where there are several")
 
 
 # --------------------------------------------- regress: six parameters from the global 21cm signal
@@ -1622,20 +1611,23 @@ def baselines(train, validation):
     prior mean: 0.5 for each parameter, with the training set's scatter about it. ridge regression:
     linear in the signal, weights (X^T X + alpha)^-1 X^T Y from the training set, alpha and the
     covariance from the validation set; clamped to the prior."""
-    X = train.signals.double()
-    Y = train.parameters.double()
-    x0 = X.mean(0)
-    y0 = Y.mean(0)
+    x0 = train.signals.double().mean(0)
+    y0 = train.parameters.double().mean(0)
+    X = train.signals - x0
+    Y = train.parameters - y0
 
     def linear(alpha):
-        gram = (X - x0).T @ (X - x0) + alpha * torch.eye(len(x0))             # (tokens, tokens)
-        weights = torch.linalg.solve(gram, (X - x0).T @ (Y - y0))             # (tokens, 6)
-        return lambda signals: ((signals.double() - x0) @ weights + y0).clamp(0, 1)
+        weights = torch.linalg.solve(X.T @ X + alpha * torch.eye(len(x0)), X.T @ Y)
+        return lambda signals: ((signals - x0) @ weights + y0).clamp(0, 1)    # (tokens, 6)
 
-    def residual(alpha):
-        return validation.parameters.double() - linear(alpha)(validation.signals)
+    def middle(signals):
+        return torch.full((len(signals), 6), 0.5)
 
-    def gaussian(mean_of, residual):
+    def error(alpha):
+        return (linear(alpha)(validation.signals) - validation.parameters).square().mean()
+
+    def gaussian(mean_of, data):
+        residual = mean_of(data.signals).double() - data.parameters
         covariance = residual.T @ residual / len(residual)
         covariance += 1e-6 * torch.eye(6)                     # no deviation below 0.001
         if len(residual) < 60:                                # too few for 15 correlations
@@ -1643,21 +1635,35 @@ def baselines(train, validation):
         L = torch.linalg.cholesky(torch.linalg.inv(covariance)).float()
         return lambda signals: (mean_of(signals).float(), L.expand(len(signals), 6, 6))
 
-    alpha = min(np.logspace(-4, 4, 33).tolist(), key=lambda a: residual(a).square().mean())
-    ridge = gaussian(linear(alpha), residual(alpha))
-    middle = gaussian(lambda signals: torch.full((len(signals), 6), 0.5), Y - 0.5)
-    return {"ridge regression": ridge, "prior mean": middle}, alpha
+    alpha = min(np.logspace(-4, 4, 33).tolist(), key=error)
+    return {"ridge regression": gaussian(linear(alpha), validation),
+            "prior mean": gaussian(middle, train)}, alpha
+
+
+@contextlib.contextmanager
+def panels(name, n):
+    """A figure of n axes, in rows and columns."""
+    columns = math.ceil(n**0.5)
+    rows = math.ceil(n / columns)
+    size = (3.2 * columns + 1, 2.9 * rows + 0.9)
+    with figure(name, rows, columns, size, squeeze=False) as axes:
+        for ax in axes.flat[n:]:
+            ax.remove()
+        yield axes.flat[:n]
 
 
 def score(mean, L, y, args):
     """Gaussians (N, 6), (N, 6, 6) against the truth y (N, 6), in units of the prior's width ->
-    arrays loss (N,), error |mean - truth| (N, 6), sigma (N, 6), coverage (levels, 6), of all six at
-    once joint (levels,), and draws (N, samples, 6) clamped to the prior."""
+    arrays: loss, error |mean - truth| and sigma (N,), the last two by parameter; coverage (levels,
+    6), of all six at once (levels,); draws (N, samples, 6) clamped to the prior."""
     draws = sample_gaussian(mean, L, args.samples, torch.Generator().manual_seed(args.seed))
-    found = {"loss": gaussian_nll(mean, L, y), "error": (mean - y).abs(),
-             "sigma": standard_deviation(L), "coverage": coverage(mean, L, y, LEVELS),
-             "joint": joint_coverage(mean, L, y, LEVELS),
+    errors = (mean - y).abs()
+    found = {"loss": gaussian_nll(mean, L, y), "error": errors.mean(1),
+             "coverage": coverage(mean, L, y, LEVELS),
+             "joint_coverage": joint_coverage(mean, L, y, LEVELS),
              "draws": draws.clamp(0, 1).transpose(0, 1)}
+    for p, error, sigma in zip(PARAMETERS, errors.T, standard_deviation(L).T):
+        found |= {f"error_{p}": error, f"sigma_{p}": sigma}
     return {k: np.asarray(v, float) for k, v in found.items()}
 
 
@@ -1682,33 +1688,31 @@ def regress(args):
     for i, (name, gaussian) in enumerate(gaussians.items()):
         loss = gaussian_nll(*gaussian(validation.signals), validation.parameters).mean().item()
         found = score(*gaussian(test.signals), test.parameters, args)
-        methods.append(baseline(name, i, found, [loss]))
-    settings = vars(args) | {"data": data, "ridge alpha": alpha, "levels": LEVELS}
-    report = {"command": args.command, "settings": settings, "rows": []}
+        methods.append(baseline(name, i, found | {"validation_loss": [loss]}))
+    for m in methods[1:]:
+        m["loss_difference"] = m["loss"] - methods[0]["loss"]
+    errors = [f"error_{p}" for p in PARAMETERS]
+    measures = ["validation_loss", "loss", "loss_difference", "error"]
+    every = [*measures, *errors, *(f"sigma_{p}" for p in PARAMETERS)]
+    rows = []
     for m in methods:
-        values = {"validation_loss": m["best"], "loss": m["loss"], "error": m["error"].mean(1)}
-        if m is not methods[0]:
-            values["loss_difference"] = m["loss"] - methods[0]["loss"]
-        for j, p in enumerate(PARAMETERS):
-            values |= {f"error_{p}": m["error"][:, j], f"sigma_{p}": m["sigma"][:, j]}
         kept = {k: m["settings"].get(k) for k in ("init", "base", "blocks", "prompt")}
-        report["rows"].append(row_of(m, len(test), values, **kept, joint_coverage=m["joint"],
-                                     coverage=dict(zip(PARAMETERS, m["coverage"].T))))
-    show(report, ["validation_loss", "loss", "loss_difference", "error"],
+        rows.append(row_of(m, len(test), every, **kept, joint_coverage=m["joint_coverage"],
+                           coverage=dict(zip(PARAMETERS, m["coverage"].T))))
+    out = report_path(args)
+    vars(args).update({"data": data, "levels": LEVELS, "ridge alpha": alpha})
+    report = report_of(args, rows)
+    show(report, measures,
          f"{args.split} lightcones of {data}, losses in nats a parameter (difference: from the "
          "first row's, lightcone by lightcone), error over the prior's width", 4, SEEDS)
-    show(report, [f"error_{p}" for p in PARAMETERS],
-         "error |predicted mean - truth| over the prior's width", keys=())
-    out = report_path(args)
+    show(report, errors, "error |predicted mean - truth| over the prior's width", keys=())
     write_report(f"{out}.json", report)
-    worst = methods[-1]["best"][0]
-    best = min(min(m["best"]) for m in methods)
-    margin = 0.07 * abs(worst - best)
+    worst = max(max(m["validation_loss"]) for m in methods)   # as a rule the prior mean's
     draw_training(methods, "epoch", {"validation_loss": "validation loss [nats a parameter]"},
-                  f"{out}-loss", ylim=(best - margin, worst + margin))
+                  f"{out}-loss", ylim=(None, worst + 0.05))
     draw_parameters(methods, test.parameters.numpy(), f"{out}-parameters")
     draw_calibration(methods[:-1], len(test), f"{out}-calibration")
-    if len({m["settings"]["blocks"] for m in methods[:-2]}) > 1:
+    if len({m["settings"]["blocks"] for m in methods if m["runs"]}) > 1:
         draw_depth(methods, f"{out}-depth")
 
 
@@ -1729,22 +1733,22 @@ def draw_parameters(methods, y, name):
     truth; below: mean |sample - truth| over the prior's width."""
     with figure(name, 4, 3, (10, 9.5), height_ratios=[3, 1.3, 3, 1.3]) as axes:
         for j in range(6):
-            above, below = axes[j // 3 * 2:j // 3 * 2 + 2, j % 3]
-            above.plot(PRIORS[j], PRIORS[j], color="0.7", lw=1)
+            above, below = axes[j // 3 * 2:, j % 3][:2]
+            above.axline((PRIORS[j, 0], PRIORS[j, 0]), slope=1, color="0.7", lw=1)
             for i, m in enumerate(methods):
                 x, mean, std, error = in_bins(m["draws"][..., j], y[:, j])
                 look = m["look"] | {"marker": MARKERS[i % 6], "ms": 3.5, "lw": 1}
+                below.plot(to_physical(x, j), error, **look, label=m["name"])
                 if m["runs"]:
                     shift = 0.06 * (i / len(methods) - 0.5)
                     above.errorbar(to_physical(x + shift, j), to_physical(mean, j),
                                    std * np.ptp(PRIORS[j]), **look | {"ls": "none"})
-                below.plot(to_physical(x, j), error, **look, label=m["name"])
             above.set(xlim=PRIORS[j], ylim=PRIORS[j], ylabel=f"predicted {axis_label(j)}")
+            above.tick_params(labelbottom=False)
+            above.grid(alpha=0.3)
             below.set(xlim=PRIORS[j], ylim=(0, None), xlabel=f"true {axis_label(j)}",
                       ylabel="$\\leftarrow$ better\nerror / width")
-            above.tick_params(labelbottom=False)
-            for ax in (above, below):
-                ax.grid(alpha=0.3)
+            below.grid(alpha=0.3)
         legend(below, "above: samples in bins of the truth, mean and standard deviation; below: "
                "mean |sample - truth| / width of the prior")
 
@@ -1754,29 +1758,26 @@ def draw_calibration(methods, n, name):
     ellipsoid of all six), a panel for each method; in the grey band 95% of calibrated ones would
     be. Sharpness, last: the predicted standard deviation, the median over lightcones."""
     band = 1.96 * np.sqrt(LEVELS * (1 - LEVELS) / n)
-    with figure(name, *grid(len(methods) + 1), squeeze=False) as axes:
-        for ax, m in zip(axes.flat, methods):
+    with panels(name, len(methods) + 1) as axes:
+        *others, last = axes
+        for i, (ax, m) in enumerate(zip(others, methods)):
             if n >= 10:
                 ax.fill_between(LEVELS, LEVELS - band, LEVELS + band, color="0.85",
                                 label=f"95% of calibrated, {n} lightcones")
-            ax.plot([0, 1], [0, 1], color="0.5", lw=1)
+            ax.axline((0, 0), (1, 1), color="0.5", lw=1)
             for j in range(6):
                 ax.plot(LEVELS, m["coverage"][:, j], **style_of(j), label=SYMBOLS[j])
-            ax.plot(LEVELS, m["joint"], "k--", label="all six")
+            ax.plot(LEVELS, m["joint_coverage"], "k--", label="all six")
             ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=m["name"],
                    xlabel="nominal level", ylabel="truth inside, fraction")
-        legend(axes[0, 0])
-        *_, last = (ax for ax, _ in zip(axes.flat, [*methods, None]))
-        for i, m in enumerate(methods):
-            last.plot(np.median(m["sigma"], 0), MARKERS[i % 6], color=m["look"]["color"],
-                      label=m["name"])
+            last.plot([np.median(m[f"sigma_{p}"]) for p in PARAMETERS], MARKERS[i % 6],
+                      color=m["look"]["color"], label=m["name"])
+        legend(axes[0])
         last.axhline(12 ** -0.5, color="0.6", ls=":", label="prior")
         last.set_xticks(range(6), SYMBOLS, rotation=45)
         last.set(ylim=(0, None), title="median predicted std / prior width",
                  ylabel="$\\leftarrow$ sharper")
         last.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-        for ax in axes.flat[len(methods) + 1:]:
-            ax.axis("off")
 
 
 def draw_depth(methods, name):
@@ -1786,21 +1787,21 @@ def draw_depth(methods, name):
     with figure(name) as ax:
         for m in methods:
             s = m["settings"]
+            mean = np.mean(m["validation_loss"])
             if s.get("init") in ("pretrained", "random"):
                 depth = s["blocks"] or load_config(s["base"]).num_hidden_layers
                 line = lines.setdefault(f"{s['init']}, {s['prompt']}", [])
-                line.append((depth, np.mean(m["best"]), np.std(m["best"])))
+                line.append((depth, mean, np.std(m["validation_loss"])))
             elif m["runs"]:
-                ax.axhline(np.mean(m["best"]), **m["look"], label=m["name"])
+                ax.axhline(mean, **m["look"], label=m["name"])
         for i, (label, points) in enumerate(lines.items()):
-            depth, mean, std = zip(*sorted(points))
-            ax.errorbar(depth, mean, std, color=COLOURS[i % 7], marker=MARKERS[i % 6], capsize=3,
-                        label=label)
+            ax.errorbar(*zip(*sorted(points)), color=COLOURS[i % 7], marker=MARKERS[i % 6],
+                        capsize=3, label=label)
         ax.set(xlabel="blocks of the backbone",
                ylabel="$\\leftarrow$ better    best validation loss [nats a parameter]")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
         ax.grid(alpha=0.3)
-        legend(ax, over_seeds(methods, "bars: standard deviation over seeds"))
+        legend(ax, "bars: standard deviation over seeds, where there are several")
 
 
 # --------------------------------------------------------- regress --lightcone: your own lightcone
@@ -1812,9 +1813,8 @@ def read_own(path, settings, data):
 
     The sky's mean over equal steps of the comoving depth of the run's own lightcones, from the
     low-z end on, whatever the cells. ValueError if it cannot be read, or is not so deep."""
-    tokens = settings["tokens"]
     lightcone = read_lightcone(path, bins=None)
-    z = lightcone.redshifts[::-1]                             # from low z, as what follows
+    T = len(lightcone.redshifts)
     notes = [note for note in lightcone.notes if "filter" not in note]       # which we do not
     names = settings["lightcones"]
     depth = BINS * CELL
@@ -1825,33 +1825,34 @@ def read_own(path, settings, data):
         name = lightcone_name(lightcone.seed, lightcone.parameters, cube.shape[:2], content=cube)
         if name in names["train"] + names["validation"]:
             notes.append("the run was trained on this very lightcone, or chosen by it")
-        if abs(z[0] - store.redshifts[0, -1]) > 0.05:
-            notes.append(f"it ends at z = {z[0]:.2f}, the training lightcones at "
-                         f"{store.redshifts[0, -1]:.2f}: every value of the signal is at another "
-                         "redshift")
+        end = lightcone.redshifts[-1]
+        theirs = store.redshifts[0, -1]
+        if abs(end - theirs) > 0.05:
+            notes.append(f"it ends at z = {end:.2f}, the training lightcones at {theirs:.2f}: "
+                         "every value of the signal is at another redshift")
     else:
         notes.append(f"{data} is not there or no store: {depth:.0f} Mpc from z = 5 on are assumed, "
                      "as the paper's lightcones have them")
     deep = depth / lightcone.cell_los                         # in bins
-    if deep > len(z) + 0.5:
-        raise ValueError(f"{path}: {len(z)} line-of-sight bins of {lightcone.cell_los:.2f} Mpc; "
-                         f"the run needs {depth:.0f} Mpc from low z on, as its own lightcones "
-                         "have: make a longer one")
-    mean = lightcone.cube.mean((1, 2), dtype=np.float64)[::-1]               # (T, X, Y) -> (T,) mK
-    edges = np.linspace(0, min(deep, len(z)), tokens + 1)
-    sums = np.interp(edges, np.arange(len(z) + 1), np.cumsum([0, *mean]))
-    values = np.diff(sums) / np.diff(edges)                   # (tokens,)
-    redshifts = np.interp((edges[1:] + edges[:-1] - 1) / 2, np.arange(len(z)), z)
+    if deep > T + 0.5:
+        raise ValueError(f"{path}: {T} line-of-sight bins of {lightcone.cell_los:.2f} Mpc; the run "
+                         f"needs {depth:.0f} Mpc from low z on, as its own lightcones have: make a "
+                         "longer one")
+    mean = lightcone.cube.mean((1, 2), dtype=np.float64)      # (T, X, Y) -> (T,) mK
+    edges = np.linspace(max(T - deep, 0), T, settings["tokens"] + 1)
+    sums = np.interp(edges, np.arange(T + 1), np.cumsum([0, *mean]))
+    redshifts = np.interp((edges[1:] + edges[:-1] - 1) / 2, np.arange(T), lightcone.redshifts)
     centre, width = settings["norm"]
-    signal = torch.from_numpy((values[::-1].copy() - centre) / width).float()[None]
+    signal = torch.from_numpy((np.diff(sums) / np.diff(edges) - centre) / width).float()[None]
     if Path(data).exists():
-        train = GlobalSignals(data, "train", tokens=tokens, norm=settings["norm"], names=names)
+        train = GlobalSignals(data, "train", tokens=settings["tokens"], norm=settings["norm"],
+                              names=names)
         low, high = train.signals.aminmax(dim=0)
         outside = int(((signal < low) | (signal > high)).sum())
         if outside:
-            notes.append(f"{outside} of its {tokens} values are outside the range of the training "
-                         "signals: the posterior is an extrapolation")
-    return signal, lightcone, redshifts[::-1], notes
+            notes.append(f"{outside} of its {signal.numel()} values are outside the range of the "
+                         "training signals: the posterior is an extrapolation")
+    return signal, lightcone, redshifts, notes
 
 
 def sample_in_prior(mean, L, n, generator):
@@ -1874,14 +1875,14 @@ def posteriors(args):
     run = Path(args.runs[0])
     settings = read_settings(run, "regress")
     device = start_processes(args.device)[2]
-    stems = [Path(file).stem for file in args.lightcone]
-    if len(set(stems)) < len(stems):
+    files = {Path(file).stem: file for file in args.lightcone}
+    if len(files) < len(args.lightcone):
         raise ValueError("two of the lightcone files have the same name: their figures would "
                          "overwrite each other, rename one")
-    for file, stem in zip(args.lightcone, stems):
+    for stem, file in files.items():
         signal, lightcone, z, notes = read_own(file, settings, args.data or settings["data"])
         for note in notes:
-            print(f"note: {file}: {note}", file=sys.stderr)
+            note_once(f"{file}: {note}")
         mean, L = predict(run, settings, signal, device, 1)
         draws = sample_in_prior(mean, L, 20_000, torch.Generator().manual_seed(args.seed))
         draws = to_physical(draws.double().numpy())           # (20000, 6)
@@ -1893,66 +1894,64 @@ def posteriors(args):
         print_table(f"posterior of {what}: the Gaussian cut at the prior",
                     ["", "unit", "median", "std", "68% interval", "truth"], row.pop("table"))
         out = f"{args.out or run / 'posterior'}-{stem}"
-        row |= {"notes": notes, "gaussian": gaussian}
-        write_report(f"{out}.json", report_of(args, [row]))
+        write_report(f"{out}.json", report_of(args, [row | {"notes": notes, "gaussian": gaussian}]))
         signal = signal[0].numpy() * settings["norm"][1] + settings["norm"][0]
-        draw_corner(draws, lightcone.parameters, z, signal, what, out)
+        draw_corner(draws, row, z, signal, what, out)
 
 
 def posterior_row(name, draws, truth):
     """The row of a posterior, from draws (n, 6) in physical units; low and high enclose its central
     68%. "table" is what a terminal shows."""
     row = {"name": name, "n": 1, "interval": 0.68, "measures": {}, "truth": {}, "table": []}
-    for j, (p, d) in enumerate(zip(PARAMETERS, DIGITS)):
-        low, high = np.quantile(draws[:, j], [0.16, 0.84])
-        s = summary(draws[:, j], bootstrap=False) | {"low": low, "high": high}
+    for values, p, unit, d, true in zip(draws.T, PARAMETERS, UNITS, DIGITS, truth):
+        low, high = np.quantile(values, [0.16, 0.84])
+        s = summary(values, bootstrap=False) | {"low": low, "high": high}
         row["measures"][p] = s
-        row["truth"][p] = truth[j] if np.isfinite(truth[j]) else None
-        known = f"{truth[j]:.{d}f}" if np.isfinite(truth[j]) else "-"
-        row["table"].append([p, UNITS[j], f"{s['median']:.{d}f}", f"{s['std']:.{d}f}",
-                             f"{low:.{d}f} - {high:.{d}f}", known])
+        row["truth"][p] = true if np.isfinite(true) else None
+        numbers = (s["median"], s["std"], low, high, true)    # an unknown truth: nan
+        median, std, low, high, true = (f"{v:.{d}f}" for v in numbers)
+        row["table"].append([p, unit, median, std, f"{low} - {high}", true])
     return row
 
 
-def draw_corner(draws, truth, z, signal, title, name):
+def draw_corner(draws, row, z, signal, title, name):
     """Draws (n, 6) of a posterior in physical units: densities with medians and 68% intervals, 68%
     and 95% contours, the truth where it is known. Above, the signal (tokens,) in mK at z."""
-    low, middle, high = np.quantile(draws, [0.16, 0.5, 0.84], axis=0)
-    known = np.isfinite(truth)
+    truth = list(row["truth"].values())
+    shown = np.vstack((draws, np.array(truth, float)))        # None becomes NaN
+    known = np.isfinite(shown[-1]).any()
     with figure(name, 0, size=(11, 11)) as fig:
         import corner                                         # after `figure` has chosen a backend
         fig.set_layout_engine(None)                           # corner has its own
         corner.corner(draws, bins=40, smooth=1, color=COLOURS[1], truth_color=COLOURS[2], fig=fig,
                       labels=[axis_label(j) for j in range(6)], label_kwargs={"fontsize": 8},
-                      truths=[t if k else None for t, k in zip(truth, known)],
-                      quantiles=(0.16, 0.84), levels=(0.68, 0.95), plot_datapoints=False,
-                      plot_density=False, fill_contours=True, max_n_ticks=3, labelpad=0.05,
-                      range=[
-                          np.percentile([*draws[:, j], *truth[[j]][known[[j]]]], [0, 100])
-                          for j in range(6)])
-        for j, d in enumerate(DIGITS):
-            below, above = middle[j] - low[j], high[j] - middle[j]
-            title_j = f"${middle[j]:.{d}f}_{{-{below:.{d}f}}}^{{+{above:.{d}f}}}$"
-            fig.axes[7 * j].set_title(f"{SYMBOLS[j]} = {title_j}", fontsize=9)
+                      truths=truth, quantiles=(0.16, 0.84), levels=(0.68, 0.95),
+                      plot_datapoints=False, plot_density=False, fill_contours=True,
+                      max_n_ticks=3, labelpad=0.05,
+                      range=[*zip(np.nanmin(shown, 0), np.nanmax(shown, 0))])
+        for j, (s, d) in enumerate(zip(row["measures"].values(), DIGITS)):
+            below = s["median"] - s["low"]
+            above = s["high"] - s["median"]
+            found = f"${s['median']:.{d}f}_{{-{below:.{d}f}}}^{{+{above:.{d}f}}}$"
+            fig.axes[7 * j].set_title(f"{SYMBOLS[j]} = {found}", fontsize=9)
         ax = fig.add_axes([0.62, 0.75, 0.35, 0.19])
         ax.plot(z, signal, "ko-", ms=3, lw=1)
         ax.set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]", title=title)
         fig.text(0.62, 0.66, "the Gaussian cut at the prior; contours 68% and 95%;\ndashed: "
-                 "central 68%" + ("; orange: the truth" if known.any() else ""))
+                 "central 68%" + ("; orange: the truth" if known else ""))
 
 
 # ------------------------------------ next-patch and generate: slices by conditional flow matching
 
 
 def open_slices(args):
-    """What both begin with: groups of runs by seed {name: [(run, settings), ...]}, settings of the
-    first, SubLightcones of --split, device."""
+    """What both begin with: groups of runs by seed {name: {run: settings}}, settings of the first,
+    SubLightcones of --split, device."""
     groups, first, data, names = open_runs(args, "generate", ("T", "sky"))
     test = SubLightcones(data, args.split, names=names)
-    T, sky = first["T"], first["sky"]
-    if (test.T, test.sky) != (T, sky):
+    if (test.T, test.sky) != (first["T"], first["sky"]):
         raise ValueError(f"{data} holds {test.T} slices of {test.sky} x {test.sky}, the runs were "
-                         f"trained on {T} of {sky} x {sky}")
+                         f"trained on {first['T']} of {first['sky']} x {first['sky']}")
     return groups, first, test, start_processes(args.device)[2]
 
 
@@ -1977,19 +1976,16 @@ def structure(slices, p):
     return patches - patches.mean(-1, keepdim=True)
 
 
-def correlation(ab, aa, bb):
-    """Of two fields, by their sums of products; NaN where one of them does not fluctuate."""
-    return ab / (aa * bb) ** 0.5
+def choose(items, n, seed):
+    """n of a list, drawn with a seed, in its order; n = 0: all."""
+    chosen = np.random.default_rng(seed).permutation(len(items))[:n or None]
+    return [items[i] for i in np.sort(chosen)]
 
 
-def compare_windows(drawn, truth, before, expected, p):
-    """Sums over the cells of each window, fields (B, S, X, Y) -> (B, 8) float64: squared error of
-    patch means; of the structures d drawn, x true, b before, e expected: dd, xx, bb, ee, dx, db,
-    ex."""
-    means = patch(drawn.double() - truth, p).mean(-1).flatten(1)
-    d, x, b, e = (structure(field, p).flatten(1) for field in (drawn, truth, before, expected))
-    pairs = ((d, d), (x, x), (b, b), (e, e), (d, x), (d, b), (e, x))
-    return torch.stack([p**2 * means.square().sum(1), *((u * v).sum(1) for u, v in pairs)], dim=1)
+def correlation(a, b, dim=(0, 1, 2)):
+    """Of two fields of mean zero, over some of three dimensions; NaN where one of them does not
+    fluctuate."""
+    return (a * b).sum(dim) / (a.square().sum(dim) * b.square().sum(dim)).sqrt()
 
 
 FOLLOWED = ["error", "error_mean", "error_structure", "structure_vs_truth",
@@ -1999,39 +1995,46 @@ FOLLOWED = ["error", "error_mean", "error_structure", "structure_vs_truth",
 @torch.no_grad()
 def follow(predict, windows, test, p, args, device, bar):
     """Slices 3.. of windows (name, start, length), predicted from the truth before them, against
-    the truth -> arrays by lightcone (n,) of FOLLOWED, "map" error by cell of the sky (X, Y) and
-    "by_slice" (10,), normalised units.
+    the truth -> arrays by lightcone (n,) of FOLLOWED, error by cell of the sky "map" (X, Y),
+    "by_patch" (R, K) and "by_slice" (10,), normalised units.
 
     predict(slices (B, S, X, Y), conditions (B, 7), noise (B, S - 2, X, Y)) -> slices 3.. as drawn,
     and their conditional mean (zero where there is none), (B, S - 2, X, Y) each."""
-    scored = Counter()                                        # slices of each lightcone
-    for name, _, length in windows:
-        scored[name] += length - GIVEN
-    sums = {name: np.zeros(8) for name in scored}
-    by_cell = np.zeros((test.sky, test.sky))
-    by_slice = np.zeros((2, max(length for _, _, length in windows) - GIVEN))     # sum, number
+    names = sorted({name for name, _, _ in windows})
+    widths = (1, 1, 16, test.sky**2)        # slices, error of means, products of structures, map
+    sums = torch.zeros(len(names), sum(widths), dtype=torch.float64)
+    by_slice = torch.zeros(2, max(length for _, _, length in windows) - GIVEN)    # sum, number
     for part in batches_of(windows, args.batch_size):
-        slices, conditions = (torch.stack(x) for x in zip(*(test.read(*w) for w in part)))
+        slices, conditions = map(torch.stack, zip(*(test.read(*window) for window in part)))
         truth = slices[:, GIVEN:]
-        noise = []
-        for name, start, _ in part:
-            generator = torch.Generator().manual_seed(draw_seed(args.seed, name, start))
-            noise.append(torch.randn(truth.shape[1:], generator=generator))
-        inputs = slices, conditions, torch.stack(noise)
+        S = truth.shape[1]
+        noise = torch.empty_like(truth)
+        for e, (name, start, _) in zip(noise, part):
+            e.normal_(generator=torch.Generator().manual_seed(draw_seed(args.seed, name, start)))
+        inputs = slices, conditions, noise
         drawn, expected = (x.cpu() for x in predict(*(x.to(device) for x in inputs)))
-        products = compare_windows(drawn, truth, slices[:, GIVEN - 1:-1], expected, p)
-        errors = (drawn - truth).double().square().numpy()    # (B, S - 2, X, Y)
-        for (name, _, length), product, error in zip(part, products.numpy(), errors):
-            sums[name] += product
-            by_cell += error.sum(0) / scored[name] / len(scored)
-            by_slice[:, :length - GIVEN] += [error.mean((1, 2)), np.ones(len(error))]
+        errors = (drawn - truth).double()
+        squares = errors.square()
+        fields = drawn, truth, slices[:, GIVEN - 1:-1], expected
+        inner = torch.stack([structure(field, p).flatten(1) for field in fields], dim=1)
+        of_means = patch(errors, p).mean(-1).square().mean((2, 3)).sum(1)
+        terms = torch.full_like(of_means, S), of_means, inner @ inner.mT, squares.sum(1)
+        at = torch.tensor([names.index(name) for name, _, _ in part])
+        sums.index_add_(0, at, torch.cat([x.reshape(len(part), -1) for x in terms], dim=1))
+        by_slice[0, :S] += squares.mean((2, 3)).sum(0)
+        by_slice[1, :S] += len(part)
         bar.update(len(part))
-    means, dd, xx, bb, ee, dx, db, ex = np.array([sums[name] for name in sorted(sums)]).T
-    cells = test.sky**2 * np.array([scored[name] for name in sorted(sums)])
-    with np.errstate(invalid="ignore"):
-        found = [(means + dd + xx - 2 * dx) / cells, means / cells, (dd + xx - 2 * dx) / cells,
-                 correlation(dx, dd, xx), correlation(db, dd, bb), correlation(ex, ee, xx)]
-    return dict(zip(FOLLOWED, found)) | {"map": by_cell, "by_slice": by_slice[0] / by_slice[1]}
+    _, of_means, products, maps = (sums / sums[:, :1]).split(widths, dim=1)
+    error = maps.mean(1)
+    of_means = of_means[:, 0]
+    products = products.view(-1, 4, 4)
+    norm = products.diagonal(dim1=1, dim2=2).sqrt()           # (n, 4)
+    r = products / norm[:, :, None] / norm[:, None]
+    found = (error, of_means, error - of_means, r[:, 0, 1], r[:, 0, 2], r[:, 3, 1])
+    by_cell = maps.mean(0).view(test.sky, test.sky)
+    found = dict(zip(FOLLOWED, found)) | {"by_slice": by_slice[0] / by_slice[1], "map": by_cell,
+                                          "by_patch": patch(by_cell, p).mean(-1)}
+    return {k: v.numpy() for k, v in found.items()}
 
 
 class FirstVelocity:
@@ -2066,16 +2069,16 @@ def drawn_by(generator, args):
 def simple_predictions(p):
     """What needs no network -> {name: a `predict` of `follow`}."""
     def copy(slices, conditions, noise):
-        return slices[:, GIVEN - 1:-1], torch.zeros_like(noise)
+        return slices[:, GIVEN - 1:-1], 0 * noise
 
     def independent(slices, conditions, noise):
         before = patch(slices[:, GIVEN - 1:-1], p)            # (B, S - 2, R, K, p*p)
         unrelated = structure(noise, p)
-        unrelated = unrelated * before.std(-1, keepdim=True) / unrelated.std(-1, keepdim=True)
-        return unpatch(before.mean(-1, keepdim=True) + unrelated), torch.zeros_like(noise)
+        unrelated *= before.std(-1, keepdim=True) / unrelated.std(-1, keepdim=True)
+        return unpatch(before.mean(-1, keepdim=True) + unrelated), 0 * noise
 
     def only_noise(slices, conditions, noise):
-        return noise, torch.zeros_like(noise)
+        return noise, 0 * noise
 
     return {"copy of the previous slice": copy,
             "previous mean, independent structure": independent, "noise": only_noise}
@@ -2089,10 +2092,7 @@ def next_patch(args):
     drawn with the truth and with the slice before (the truth's own is the copy's with the truth),
     and of the conditional mean with the truth. Figures: error by position, loss by batch."""
     groups, first, test, device = open_slices(args)
-    windows = test.windows()
-    if args.max_windows:
-        order = np.random.default_rng(args.seed).permutation(len(windows))[:args.max_windows]
-        windows = [windows[i] for i in np.sort(order)]
+    windows = choose(test.windows(), args.max_windows, args.seed)
     p = first["patch"]
     simple = simple_predictions(p)
     total = len(windows) * (len(args.runs) + len(simple))
@@ -2105,49 +2105,45 @@ def next_patch(args):
         for i, (name, function) in enumerate(simple.items()):
             found = follow(function, windows, test, p, args, device, bar)
             methods.append(baseline(name, i, found))
-    settings = vars(args) | {"data": test.path, "windows": len(windows)}
-    report = {"command": args.command, "settings": settings, "rows": []}
-    for m in methods:
-        values = {"validation_loss": m["best"]} | {k: m[k] for k in FOLLOWED}
-        if m is not methods[0]:
-            values["error_difference"] = m["error"] - methods[0]["error"]
-        by_patch = patch(torch.from_numpy(m["map"]), m["settings"].get("patch", p)).mean(-1)
-        report["rows"].append(row_of(m, len(m["error"]), values, by_slice=m["by_slice"],
-                                     by_patch=by_patch.numpy()))
-    show(report, ["validation_loss", "error", "error_difference"],
+    for m in methods[1:]:
+        m["error_difference"] = m["error"] - methods[0]["error"]
+    measures = ["validation_loss", "error", "error_difference"]
+    rows = [row_of(m, len(m["error"]), [*measures, *FOLLOWED], by_slice=m["by_slice"],
+                   by_patch=m["by_patch"]) for m in methods]
+    out = report_path(args)
+    vars(args).update(data=test.path, windows=len(windows))
+    report = report_of(args, rows)
+    show(report, measures,
          f"{len(windows)} windows of {args.split} lightcones of {test.path}, normalised units "
-         "(difference: from the first row's, lightcone by lightcone)",
-         keys=SEEDS)
+         "(difference: from the first row's, lightcone by lightcone)", keys=SEEDS)
     show(report, FOLLOWED[1:], "error of patch means, of structure; correlations of structure",
          keys=())
-    out = report_path(args)
     write_report(f"{out}.json", report)
-    draw_positions(methods, p, f"{out}-position")
+    draw_positions(methods, f"{out}-position")
     draw_training(methods, "step", {"loss": "training loss (running mean)",
                                     "validation_loss": "validation loss"},
-                  f"{out}-loss", (0.02, 0), yscale="log")
+                  f"{out}-loss", yscale="log")
 
 
-def draw_positions(methods, p, name):
+def draw_positions(methods, name):
     """Next-patch error by position on the sky, a map for each method but noise, lines between
     patches; last, by slice of the window."""
-    from matplotlib.colors import LogNorm
-    shown = methods[:-1]                                      # noise has no structure
+    *shown, _ = methods                                       # noise has no structure
     high = max(np.quantile(m["map"], 0.99) for m in shown)
-    scale = LogNorm(max(min(m["map"].min() for m in shown), high / 1000), high)
-    with figure(name, *grid(len(methods)), squeeze=False) as axes:
-        for ax, m in zip(axes.flat, shown):
+    low = max(min(m["map"].min() for m in shown), high / 1000)
+    with panels(name, len(methods)) as axes:
+        *others, last = axes
+        for ax, m in zip(others, shown):
             sky = len(m["map"])
-            image = ax.imshow(m["map"], norm=scale, extent=(0, sky, sky, 0))
-            edges = range(p, sky, m["settings"].get("patch", p))
+            image = ax.imshow(m["map"], norm="log", vmin=low, vmax=high, extent=(0, sky, sky, 0))
+            edges = np.linspace(0, sky, len(m["by_patch"]) + 1)
             ax.set_xticks(edges, [])
             ax.set_yticks(edges, [])
             ax.grid(color="w", lw=0.4)
             ax.tick_params(length=0)
             ax.set_title(m["name"], fontsize=8)
-        ax.figure.colorbar(image, ax=axes, extend="both",
-                           label="mean squared error (normalised units)")
-        last = axes.flat[len(shown)]
+        last.figure.colorbar(image, ax=axes, extend="both",
+                             label="mean squared error (normalised units)")
         for m in methods:
             at = GIVEN + 1 + np.arange(len(m["by_slice"]))
             last.plot(at, m["by_slice"], **m["look"], marker=".", label=m["name"])
@@ -2155,48 +2151,55 @@ def draw_positions(methods, p, name):
                  ylabel="$\\leftarrow$ better    mean squared error")
         last.grid(alpha=0.3, which="both")
         legend(last)
-        for ax in axes.flat[len(methods):]:
-            ax.axis("off")
 
 
 def choose_starts(test, store, args):
-    """Where to generate: --lightcones of the split at each --redshift -> [(redshift, row of the
-    store, first given slice)].
+    """Where to generate: --lightcones of the split at each --redshift -> [(redshift, lightcone's
+    name, first given slice)].
 
     A lightcone whose signal ends before the last slice is left out of that redshift; a redshift
     without lightcones is left out with a note."""
-    chosen = np.random.default_rng(args.seed).permutation(len(test.names))[:args.lightcones or None]
-    rows = [store.index[test.names[i]] for i in np.sort(chosen)]
     length = args.context + args.slices
+    names = choose(test.names, args.lightcones, args.seed)
     starts = []
     for redshift in dict.fromkeys(args.redshifts):
-        before = len(starts)
-        for row in rows:
+        here = []
+        for name in names:
+            row = store.index[name]
             z = store.redshifts[row]
             first = int(np.abs(z - redshift).argmin())
             if z[-1] <= redshift <= z[0] and first + length <= store.signal_end[row]:
-                starts.append((redshift, row, first))
-        if len(starts) == before:
-            print(f"note: z = {redshift:g} is left out: no lightcone has signal in {length} slices "
-                  "from there on", file=sys.stderr)
+                here.append((redshift, name, first))
+        if not here:
+            note_once(f"z = {redshift:g} is left out: no lightcone has signal in {length} slices "
+                      "from there on")
+        starts += here
     if not starts:
         raise ValueError(f"{test.path}: no lightcone has signal in {length} slices from any of "
                          "these redshifts on: choose other --redshifts, or fewer --slices")
     return starts
 
 
-def continue_lightcones(generator, slices, conditions, seeds, bins, args, device, bar):
-    """Generated slices in mK: context (N, S, X, Y) normalised, conditions (N, 7) -> (N, samples,
-    --slices, X, Y) float16."""
-    result = np.empty((len(slices), args.samples, args.slices, *slices.shape[2:]), np.float16)
-    for part in torch.arange(len(slices)).split(args.batch_size):
-        going = generator.generate(slices[part].to(device), conditions[part].to(device),
-                                   args.slices, bins, [seeds[i] for i in part], args.samples,
-                                   slide=args.slide, method=args.method, steps=args.steps)
-        for s, new in enumerate(going):
-            result[part.numpy(), :, s] = denormalise(new).clamp(-6e4, 6e4).cpu()  # float16's range
-            bar.update(len(part) * args.samples)
-    return result
+def continue_lightcones(groups, slices, conditions, seeds, bins, device, args):
+    """The methods that groups of runs are, as `judge` makes them, with their "draws" in mK: context
+    (N, S, X, Y) normalised, conditions (N, 7) -> (N, samples, --slices, X, Y) float16."""
+    shape = (len(slices), args.samples, args.slices, *slices.shape[2:])
+    total = len(args.runs) * math.prod(shape[:3])
+    with tqdm(total=total, desc="slices", unit="slice", dynamic_ncols=True) as bar:
+        def draw(run, settings):
+            generator = load_generator(run, device, settings=settings)
+            draws = np.empty(shape, np.float16)
+            for part in torch.arange(len(slices)).split(args.batch_size):
+                going = generator.generate(slices[part].to(device), conditions[part].to(device),
+                                           args.slices, bins, [seeds[i] for i in part],
+                                           args.samples, slide=args.slide, method=args.method,
+                                           steps=args.steps)
+                for s, new in enumerate(going):
+                    draws[part, :, s] = denormalise(new).clamp(-6e4, 6e4).cpu()   # float16's range
+                    bar.update(len(part) * args.samples)
+            return {"draws": draws}
+
+        return judge(groups, draw)
 
 
 def generate(args):
@@ -2209,46 +2212,39 @@ def generate(args):
     groups, first, test, device = open_slices(args)
     store = read_store(test.path)
     starts = choose_starts(test, store, args)
-    length = args.context + args.slices
-    places = [(store.names[row], t) for _, row, t in starts]
-    slices, conditions = (torch.stack(x) for x in zip(*(test.read(*at, length) for at in places)))
-    seeds = [draw_seed(args.seed, *at) for at in places]
+    S = args.context
+    length = S + args.slices
+    redshifts, names, at = zip(*starts)
+    rows = [store.index[name] for name in names]
+    slices, conditions = map(torch.stack, zip(*(test.read(*start[1:], length) for start in starts)))
+    seeds = [draw_seed(args.seed, *start[1:]) for start in starts]
     truth = denormalise(slices).numpy().astype(np.float16)    # (N, S + n, X, Y) mK
-    total = len(starts) * args.samples * args.slices * len(args.runs)
-    with tqdm(total=total, desc="slices", unit="slice", dynamic_ncols=True) as bar:
-        def score_run(run, settings):
-            generator = load_generator(run, device, settings=settings)
-            return {"draws": continue_lightcones(generator, slices[:, :args.context], conditions,
-                                                 seeds, test.T, args, device, bar)}
-
-        methods = judge(groups, score_run)                    # draws: (N, samples, n, X, Y) mK
-    true = baseline("truth", 0, {"draws": truth[:, None, args.context:]})
-    true["look"] = {"color": "k", "ls": "-"}
-    last = truth[:, None, args.context - 1:args.context].repeat(args.slices, 2)
-    methods = [true, *methods, baseline("last given slice", 0, {"draws": last})]
+    z = np.array([store.redshifts[row, t:t + length] for row, t in zip(rows, at)])
+    methods = continue_lightcones(groups, slices[:, :S], conditions, seeds, test.T, device, args)
     out = report_path(args)
-    rows = [row for _, row, _ in starts]
-    z = np.array([store.redshifts[row, t:t + length] for _, row, t in starts])
-    arrays = {"name": [name for name, _ in places], "start": [t for _, t in places], "truth": truth,
-              "redshifts": z, "parameters": store.parameters[rows]}
     with writing(f"{out}.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, **{f"generated {m['name']}": m["draws"] for m in methods[1:-1]})
+        np.savez(file, name=names, start=at, truth=truth, redshifts=z,
+                 parameters=store.parameters[rows],
+                 **{f"generated {m['name']}": m["draws"] for m in methods})
     print(f"written: {out}.npz")
-    settings = vars(args) | {"data": test.path}
-    report = {"command": args.command, "settings": settings, "rows": []}
+    last = truth[:, None, S - 1:S].repeat(args.slices, 2)
+    methods = [baseline("truth", 0, {"draws": truth[:, None, S:], "look": {"color": "k"}}),
+               *methods, baseline("last given slice", 0, {"draws": last})]
     panels = []
-    for redshift in dict.fromkeys(z for z, _, _ in starts):
-        here = [i for i, start in enumerate(starts) if start[0] == redshift]
+    for redshift in dict.fromkeys(redshifts):
+        here = np.flatnonzero(np.equal(redshifts, redshift))
         panels.append(compare_slices(redshift, methods, truth, here, store.cell_sky,
                                      first["patch"]))
-        report["rows"] += panels[-1]["rows"]
         show_panel(panels[-1])
+    args.data = test.path
+    report = report_of(args, [row for panel in panels for row in panel["rows"]])
     write_report(f"{out}.json", report)
     draw_statistics(panels, methods, f"{out}-statistics")
-    for number, row in enumerate(Counter(rows).most_common(args.figures), 1):    # at most redshifts
-        for i in np.flatnonzero(np.array(rows) == row[0]):
-            draw_slices(methods, truth[i], z[i], i, store.cell_sky, store.parameters[row[0]],
-                        f"{out}-slices-{number}-z{starts[i][0]:g}")
+    drawn = [name for name, _ in Counter(names).most_common(args.figures)]     # at most redshifts
+    for i, name in enumerate(names):
+        if name in drawn:
+            draw_slices(methods, truth[i], z[i], i, store.cell_sky, store.parameters[rows[i]],
+                        f"{out}-slices-{drawn.index(name) + 1}-z{redshifts[i]:g}")
 
 
 EVOLUTION = ["lag1", "lag5", "edge_jump", "structure_variance", "structure_vs_truth", "mean", "std"]
@@ -2259,24 +2255,22 @@ def evolution(given, new, truth, p):
     slices, normalised -> lag1, lag5, edge_jump, structure_variance, structure_vs_truth, and that
     slice by slice, "followed" (n,). NaN where nothing fluctuates or there are too few slices."""
     S = len(given)
-    u = structure(torch.cat((given.expand(len(new), -1, -1, -1), new), 1), p).flatten(2)
-    x = structure(truth, p).flatten(1).expand(len(new), -1, -1)               # (samples, n, cells)
-    fresh = u[:, S:]
-    found = {}
+    every = torch.cat((given.expand(len(new), *given.shape), new), dim=1)
+    every = structure(every, p).flatten(2)                    # (samples, S + n, cells)
+    fresh = every[:, S:]
+    true = structure(truth, p).flatten(1).expand_as(fresh)
+    steps = torch.cat((new.diff(dim=-1), new.mT.diff(dim=-1))).square().mean((0, 1, 2))
+    across = torch.arange(1, new.shape[-1]) % p == 0          # steps: (X - 1,)
+    found = {"edge_jump": (steps[across].mean() / steps[~across].mean()).sqrt(),
+             "structure_variance": fresh.square().mean(),
+             "structure_vs_truth": correlation(fresh, true),
+             "followed": correlation(fresh, true, (0, 2))}
     for lag in (1, 5):
-        now = u[:, max(S, lag):]
-        then = u[:, max(S, lag) - lag:-lag]
-        found[f"lag{lag}"] = correlation((now * then).sum(), (now**2).sum(), (then**2).sum())
-    steps = torch.stack((new.diff(dim=-1), new.mT.diff(dim=-1))).square()     # (2, .., X, X - 1)
-    across = torch.arange(1, new.shape[-1]) % p == 0
-    found["edge_jump"] = (steps[..., across].mean() / steps[..., ~across].mean()).sqrt()
-    found["structure_variance"] = fresh.square().mean()
-    products = [(a * b).sum((0, 2)) for a, b in ((fresh, x), (fresh, fresh), (x, x))]
-    found["structure_vs_truth"] = correlation(*(product.sum() for product in products))
-    found["followed"] = correlation(*products)
+        found[f"lag{lag}"] = correlation(every[:, max(S, lag):], every[:, max(S - lag, 0):-lag])
     return {k: v.numpy() for k, v in found.items()}
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def compare_slices(redshift, methods, truth, here, cell, p):
     """Statistics of all methods at one redshift -> k (K,) in 1/Mpc, edges of bins of T_b, found: of
     each method, by lightcone (m, ..), power (K) in mK^2, that of the normalised field, density of
@@ -2291,29 +2285,27 @@ def compare_slices(redshift, methods, truth, here, cell, p):
     for m in methods:
         found = []
         for i in here:
-            cubes = torch.from_numpy(m["draws"][i]).float()   # (samples, n, X, Y)
-            scaled = normalise(cubes)
+            T_b = torch.from_numpy(m["draws"][i]).float()     # (samples, n, X, Y)
+            x = normalise(T_b)
             seen = normalise(torch.from_numpy(truth[i]).float())
-            panel["k"], power = power_spectrum(cubes.flatten(0, 1).numpy(), cell)
-            density, _ = np.histogram(cubes, edges)
-            _, normalised = power_spectrum(scaled.flatten(0, 1).numpy(), cell)
-            found.append({"power": power, "normalised": normalised, "mean": cubes.mean(),
-                          "std": cubes.std(), "density": density / cubes.numel() / np.diff(edges),
-                          **evolution(seen[:-n], scaled, seen[-n:],
-                                      m["settings"].get("patch", p))})
-        panel["found"].append({key: np.array([f[key] for f in found]) for key in found[0]})
-    true = panel["found"][0]
-    for m, f in zip(methods, panel["found"]):
-        values = {key: f[key] for key in EVOLUTION}
-        values |= {f"structure_vs_truth {s}": v for s, v in enumerate(f["followed"].T, 1)}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for key in ("power", "normalised"):
-                f[f"{key} ratio"] = f[key] / true[key].mean(0)                    # (m, K)
-                values |= {f"{key} {k:.2g}": v for k, v in zip(panel["k"], f[f"{key} ratio"].T)}
-            within = np.abs(np.log2(f["power ratio"].mean(0))) <= 1
-        panel["rows"].append(row_of(m, len(here), values, z=redshift, k=panel["k"],
-                                    power=f["power"].mean(0), within=int(within.sum())))
-    return panel
+            k, power = power_spectrum(T_b.flatten(0, 1).numpy(), cell)
+            _, normalised = power_spectrum(x.flatten(0, 1).numpy(), cell)
+            density = np.histogram(T_b, edges)[0] / T_b.numel() / np.diff(edges)
+            found.append({"power": power, "normalised": normalised, "density": density,
+                          "mean": T_b.mean(), "std": T_b.std(),
+                          **evolution(seen[:-n], x, seen[-n:], m["settings"].get("patch", p))})
+        f = {key: np.array([one[key] for one in found]) for key in found[0]}
+        panel["found"].append(f)
+        true = panel["found"][0]                              # the truth is the first method
+        values = {f"structure_vs_truth {s}": v for s, v in enumerate(f["followed"].T, 1)}
+        for key in ("power", "normalised"):
+            ratio = f[key] / true[key].mean(0)                # (m, K)
+            f[f"{key} ratio"] = ratio
+            values |= {f"{key} {at:.2g}": v for at, v in zip(k, ratio.T)}
+        within = np.abs(np.log2(f["power ratio"].mean(0))) <= 1
+        panel["rows"].append(row_of(m | f | values, len(here), [*EVOLUTION, *values], z=redshift,
+                                    k=k, power=f["power"].mean(0), within=within.sum()))
+    return panel | {"k": k}
 
 
 def show_panel(panel):
@@ -2337,29 +2329,28 @@ def draw_statistics(panels, methods, name):
         for panel, column in zip(panels, axes.T):
             k = panel["k"]
             middles = (panel["edges"][1:] + panel["edges"][:-1]) / 2
-            n = len(panel["found"][0]["mean"])
-            column[1].axhspan(0.5, 2, color="0.9")
-            for m, f in zip(methods, panel["found"]):
-                slices = 1 + np.arange(f["followed"].shape[1])
-                lines = (k, f["power"]), (k, f["power ratio"]), (middles, f["density"]), \
-                    (slices, f["followed"])
-                for ax, (x, values) in zip(column, lines):
-                    ax.plot(x, np.nanmean(values, 0), **m["look"], label=m["name"])
+            true = panel["found"][0]
+            n, slices = true["followed"].shape
+            x = {"power": k, "power ratio": k, "density": middles,
+                 "followed": np.arange(1, slices + 1)}
+            for ax, key in zip(column, x):
+                for m, f in zip(methods, panel["found"]):
+                    ax.plot(x[key], np.nanmean(f[key], 0), **m["look"], label=m["name"])
                     if n >= 10:
-                        ax.fill_between(x, *np.nanquantile(values, [0.16, 0.84], axis=0), lw=0,
-                                        color=m["look"]["color"], alpha=0.15)
+                        ax.fill_between(x[key], *np.nanquantile(f[key], [0.16, 0.84], axis=0),
+                                        color=m["look"]["color"], alpha=0.15, lw=0)
+                ax.grid(alpha=0.3)
             for ax in column[:2]:
                 ax.set(xscale="log", yscale="log", xlabel=r"$k_\perp$ [Mpc$^{-1}$]")
                 ax.set_xticks([k[0], k[-1]], [f"{k[0]:.2g}", f"{k[-1]:.2g}"])
                 ax.xaxis.set_minor_formatter("")
             top = max(f["density"].mean(0).max() for f in panel["found"])
+            column[0].set_title(f"from z = {panel['redshift']:g} (lightcones: {n})")
+            column[1].axhspan(0.5, 2, color="0.9")
             column[2].set(yscale="log", ylim=(top * 1e-4, top * 2), xlabel="$T_b$ [mK]")
             column[3].set(xlabel="generated slice", ylim=(-0.3, 1.05))
-            column[0].set_title(f"from z = {panel['redshift']:g} (lightcones: {n})")
-            for ax, label in zip(column, labels):
-                ax.grid(alpha=0.3)
-                if ax in axes[:, 0]:
-                    ax.set_ylabel(label)
+        for ax, label in zip(axes[:, 0], labels):
+            ax.set_ylabel(label)
         legend(axes[0, 0], "lines: means over lightcones; bands, from ten on: central 68% of them")
 
 
@@ -2381,40 +2372,35 @@ def draw_slices(methods, truth, z, i, cell, parameters, name):
     T_b in the colours of the field, black at zero, over the range of the true slices; magenta is
     above it and grey below."""
     from matplotlib.colors import TwoSlopeNorm
-    shown = []
-    for m in methods[:-1]:
-        several = m["draws"].shape[1] > 1
-        shown += [(f"{m['name']} ({k})" if several else m["name"], cube)
-                  for k, cube in enumerate(m["draws"][i, :2], 1)]
+    shown = [(m["name"], cube) for m in methods[:-1] for cube in m["draws"][i, :2]]
     n = len(shown[0][1])
     S = len(truth) - n
     at = [S - 1, *sorted({S, S + n // 2, S + n - 1})]
     low, high = np.quantile(truth.astype(np.float32), [0.001, 0.999])
-    look = {"norm": TwoSlopeNorm(0, min(low, -20), max(high, 20)), "interpolation": "nearest",
-            "cmap": eor_colours().with_extremes(under="0.6", over="magenta")}
+    scale = TwoSlopeNorm(0, min(low, -20), max(high, 20))
+    look = {"norm": scale, "cmap": eor_colours().with_extremes(under="0.6", over="magenta"),
+            "aspect": "auto"}
     with figure(name, len(shown), len(at) + 1, (9, 1.4 + 1.4 * len(shown)), squeeze=False,
-                width_ratios=[1] * len(at) + [2]) as axes:
+                width_ratios=[1] * len(at) + [2], subplot_kw={"xticks": [], "yticks": []}) as axes:
         for row, (label, cube) in zip(axes, shown):
             cube = np.concatenate((truth[:S], cube)).astype(np.float32)           # (S + n, X, Y)
             for ax, s in zip(row, at):
                 drawn = ax.imshow(cube[s], **look)
-            row[-1].imshow(cube[:, 0].T, aspect="auto", **look)
+                ax.set_box_aspect(1)
+            row[-1].imshow(cube[:, 0].T, **look)
             row[-1].axvline(S - 0.5, color=COLOURS[3], lw=2)
             row[0].set_ylabel(label, fontsize=8)
-            for ax in row:
-                ax.set(xticks=[], yticks=[])
         for ax, s, redshift in zip(axes[0], at, tell_apart(z[at])):
             which = f"slice {s - S + 1}" if s >= S else "given"
             ax.set_title(f"{which}\nz = {redshift}", fontsize=8)
+        axes[0, -1].set_title("section; left of the line: given", fontsize=8)
         row[0].set_xlabel(f"$\\leftarrow$ {truth.shape[2] * cell:.0f} Mpc $\\rightarrow$")
         ends = [0, S, S + n - 1]
         row[-1].set_xticks(ends, tell_apart(z[ends]))
         row[-1].set_xlabel("redshift (time runs to the right)")
-        axes[0, -1].set_title("section; left of the line: given", fontsize=8)
-        values = [f"{SYMBOLS[j]} = {v:.{DIGITS[j]}f} {UNITS[j]}".strip()
-                  for j, v in enumerate(parameters)]
+        values = [f"{symbol} = {v:.{d}f} {unit}".strip()
+                  for symbol, v, d, unit in zip(SYMBOLS, parameters, DIGITS, UNITS)]
         row[0].figure.suptitle(", ".join(values), fontsize=8)
-        scale = look["norm"]
         row[0].figure.colorbar(drawn, ax=axes, label="$T_b$ [mK]", extend="both", aspect=30,
                                ticks=np.fix([scale.vmin, scale.vmin / 2, 0, scale.vmax]))
 
