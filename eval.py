@@ -1499,9 +1499,9 @@ def report_path(args):
     """Where results go, without suffix: --out, or COMMAND-SPLIT in the run's directory, or beside
     the first's if there are several."""
     first = Path(args.runs[0])
-    beside = first if len(args.runs) == 1 else first.resolve().parent
+    parent = first if len(args.runs) == 1 else first.resolve().parent
     other = f"-{Path(args.data).stem}" if args.data else ""
-    return args.out or beside / f"{args.command}-{args.split}{other}"
+    return args.out or parent / f"{args.command}-{args.split}{other}"
 
 
 def best_loss(run, settings):
@@ -1620,9 +1620,6 @@ def baselines(train, validation):
         weights = torch.linalg.solve(X.T @ X + alpha * torch.eye(len(x0)), X.T @ Y)
         return lambda signals: ((signals - x0) @ weights + y0).clamp(0, 1)    # (tokens, 6)
 
-    def middle(signals):
-        return torch.full((len(signals), 6), 0.5)
-
     def error(alpha):
         return (linear(alpha)(validation.signals) - validation.parameters).square().mean()
 
@@ -1635,9 +1632,10 @@ def baselines(train, validation):
         L = torch.linalg.cholesky(torch.linalg.inv(covariance)).float()
         return lambda signals: (mean_of(signals).float(), L.expand(len(signals), 6, 6))
 
+    middle = gaussian(lambda signals: torch.full((len(signals), 6), 0.5), train)
     alpha = min(np.logspace(-4, 4, 33).tolist(), key=error)
     return {"ridge regression": gaussian(linear(alpha), validation),
-            "prior mean": gaussian(middle, train)}, alpha
+            "prior mean": middle}, alpha
 
 
 @contextlib.contextmanager
@@ -1676,8 +1674,9 @@ def regress(args):
         return posteriors(args)
     groups, first, data, names = open_runs(args, "regress", ("tokens", "norm"))
     device = start_processes(args.device)[2]
-    read = partial(GlobalSignals, data, tokens=first["tokens"], norm=first["norm"], names=names)
-    train, validation, test = (read(split) for split in ("train", "validation", args.split))
+    train, validation, test = (
+        GlobalSignals(data, split, tokens=first["tokens"], norm=first["norm"], names=names)
+        for split in ("train", "validation", args.split))
 
     def score_run(run, settings):
         gaussians = predict(run, settings, test.signals, device, args.batch_size)
@@ -1887,9 +1886,10 @@ def posteriors(args):
         draws = sample_in_prior(mean, L, 20_000, torch.Generator().manual_seed(args.seed))
         draws = to_physical(draws.double().numpy())           # (20000, 6)
         row = posterior_row(stem, draws, lightcone.parameters)
-        width = np.ptp(PRIORS, axis=1)
-        covariance = torch.cholesky_inverse(L[0].double()).numpy() * np.outer(width, width)
-        gaussian = {"mean": to_physical(mean[0].double().numpy()), "covariance": covariance}
+        width = torch.from_numpy(np.ptp(PRIORS, axis=1))
+        L = L[0].double() / width[:, None]                    # in physical units
+        gaussian = {"mean": to_physical(mean[0].double().numpy()),
+                    "covariance": torch.cholesky_inverse(L)}
         what = f"{stem}, by {run.resolve().name}"
         print_table(f"posterior of {what}: the Gaussian cut at the prior",
                     ["", "unit", "median", "std", "68% interval", "truth"], row.pop("table"))
@@ -2001,8 +2001,10 @@ def follow(predict, windows, test, p, args, device, bar):
     predict(slices (B, S, X, Y), conditions (B, 7), noise (B, S - 2, X, Y)) -> slices 3.. as drawn,
     and their conditional mean (zero where there is none), (B, S - 2, X, Y) each."""
     names = sorted({name for name, _, _ in windows})
-    widths = (1, 1, 16, test.sky**2)        # slices, error of means, products of structures, map
-    sums = torch.zeros(len(names), sum(widths), dtype=torch.float64)
+    n = len(names)
+    scored = torch.zeros(n, 1, 1)                             # slices of each lightcone
+    maps = torch.zeros(n, test.sky, test.sky).double()        # sums over them of squared errors,
+    products = torch.zeros(n, 4, 4).double()                  # and of products of structures
     by_slice = torch.zeros(2, max(length for _, _, length in windows) - GIVEN)    # sum, number
     for part in batches_of(windows, args.batch_size):
         slices, conditions = map(torch.stack, zip(*(test.read(*window) for window in part)))
@@ -2013,25 +2015,24 @@ def follow(predict, windows, test, p, args, device, bar):
             e.normal_(generator=torch.Generator().manual_seed(draw_seed(args.seed, name, start)))
         inputs = slices, conditions, noise
         drawn, expected = (x.cpu() for x in predict(*(x.to(device) for x in inputs)))
-        errors = (drawn - truth).double()
-        squares = errors.square()
+        squares = (drawn - truth).double().square()           # (B, S, X, Y)
         fields = drawn, truth, slices[:, GIVEN - 1:-1], expected
         inner = torch.stack([structure(field, p).flatten(1) for field in fields], dim=1)
-        of_means = patch(errors, p).mean(-1).square().mean((2, 3)).sum(1)
-        terms = torch.full_like(of_means, S), of_means, inner @ inner.mT, squares.sum(1)
         at = torch.tensor([names.index(name) for name, _, _ in part])
-        sums.index_add_(0, at, torch.cat([x.reshape(len(part), -1) for x in terms], dim=1))
+        scored.index_add_(0, at, torch.full((len(part), 1, 1), float(S)))
+        maps.index_add_(0, at, squares.sum(1))
+        products.index_add_(0, at, inner @ inner.mT)          # inner: (B, 4, cells)
         by_slice[0, :S] += squares.mean((2, 3)).sum(0)
         by_slice[1, :S] += len(part)
         bar.update(len(part))
-    _, of_means, products, maps = (sums / sums[:, :1]).split(widths, dim=1)
-    error = maps.mean(1)
-    of_means = of_means[:, 0]
-    products = products.view(-1, 4, 4)
+    maps /= scored
+    error = maps.mean((1, 2))
+    products /= scored * test.sky**2
+    of_structure = products[:, 0, 0] + products[:, 1, 1] - 2 * products[:, 0, 1]
     norm = products.diagonal(dim1=1, dim2=2).sqrt()           # (n, 4)
     r = products / norm[:, :, None] / norm[:, None]
-    found = (error, of_means, error - of_means, r[:, 0, 1], r[:, 0, 2], r[:, 3, 1])
-    by_cell = maps.mean(0).view(test.sky, test.sky)
+    found = (error, error - of_structure, of_structure, r[:, 0, 1], r[:, 0, 2], r[:, 3, 1])
+    by_cell = maps.mean(0)
     found = dict(zip(FOLLOWED, found)) | {"by_slice": by_slice[0] / by_slice[1], "map": by_cell,
                                           "by_patch": patch(by_cell, p).mean(-1)}
     return {k: v.numpy() for k, v in found.items()}
@@ -2310,8 +2311,8 @@ def compare_slices(redshift, methods, truth, here, cell, p):
 
 def show_panel(panel):
     """The tables of one redshift."""
-    title = f"from z = {panel['redshift']:g} on, structure in patches (normalised), T_b [mK]"
-    show(panel, EVOLUTION, title)
+    show(panel, EVOLUTION,
+         f"from z = {panel['redshift']:g} on, structure in patches (normalised), T_b [mK]")
     for key, of in (("power", "T_b"), ("normalised", "the normalised field")):
         measures = [f"{key} {k:.2g}" for k in panel["k"]]
         show(panel, measures, f"power of {of} over the truth's by k [1/Mpc] (within: bins of k "
@@ -2567,21 +2568,23 @@ def main(argv=None):
                 out={"metavar": "NAME", "help": "NAME.json, NAME-loss.png, ...; default: "
                      "regress-SPLIT in the run's directory, or beside the first's for several; "
                      "with --lightcone NAME-FILE.json and .png, default posterior-FILE"})
-    slice_runs = {"help": "run directories of train_l3m.py generate; those that differ by the "
-                  "seed only count as one"}
-    slice_data = {"help": "store of data_lightcone.py; default: the runs' own"}
-    slice_out = {"metavar": "NAME", "help": "NAME.json, NAME-....png; default: COMMAND-SPLIT in "
-                 "the run's directory, or beside the first's for several"}
+    of_slices = {
+        "runs": {"help": "run directories of train_l3m.py generate; those that differ by the seed "
+                 "only count as one"},
+        "split": held_out,
+        "data": {"help": "store of data_lightcone.py; default: the runs' own"},
+        "out": {"metavar": "NAME", "help": "NAME.json, NAME-....png; default: COMMAND-SPLIT in the "
+                "run's directory, or beside the first's for several"}}
     add_command(commands, next_patch, "lightcone slices: the next patch given the truth before it",
-                ["runs", *SLICES, "max_windows"], runs=slice_runs, split=held_out, data=slice_data,
+                ["runs", *SLICES, "max_windows"], **of_slices,
                 seed={"help": "of the choice of windows, and of the noise, which all runs share"},
-                batch_size={"default": 8, "help": "windows at a time"}, out=slice_out)
+                batch_size={"default": 8, "help": "windows at a time"})
     add_command(commands, generate, "lightcone slices generated on their own, beside the truth",
                 ["runs", *SLICES, "context", "slices", "slide", "samples", "lightcones",
-                 "redshifts", "figures"], runs=slice_runs, split=held_out, data=slice_data,
+                 "redshifts", "figures"], **of_slices,
                 seed={"help": "of the choice of lightcones, and of the noise that all runs share"},
                 samples={"type": COUNT, "default": 1, "help": "continuations of each lightcone"},
-                batch_size={"help": "lightcones at a time"}, out=slice_out)
+                batch_size={"help": "lightcones at a time"})
     args = parser.parse_args(argv)
     function = args.function
     del args.function                                         # a report keeps the rest
