@@ -392,7 +392,7 @@ def clean_history(history, notes):
     history = np.asarray(history, float)                        # unequal lengths: a ValueError
     finite = np.isfinite(history).all(axis=0)
     if not finite.all():
-        notes.append(f"{np.sum(~finite)} NaN nodes of the ionisation history left out")
+        notes.append(f"{np.sum(~finite)} nodes of the ionisation history are no numbers: left out")
     history = history[:, finite]
     if history.shape[1] < 2:
         return None
@@ -558,6 +558,8 @@ def read_row(path, signals):
             value = np.asarray(row[key])
             if value.shape != shape or value.dtype.kind not in "bif":
                 raise ValueError(f"{key} is not {shape} numbers")
+        if min(row["cell_sky"], row["cell_los"]) <= 0:
+            raise ValueError("its cells have no size")
         row["setting"] = Setting(cube.shape[0], cube.shape[1], row["z_low"], row["cell_sky"],
                                  row["cell_los"], tuple(row["cosmology"]), row["options"])
     return row

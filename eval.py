@@ -1523,7 +1523,13 @@ def judge(groups, score):
     methods = []
     for i, (name, runs) in enumerate(groups.items()):
         best = [best_loss(run, s) for run, s in runs.items()]
-        found = [score(run, s) for run, s in runs.items()]
+        found = []
+        for run, s in runs.items():
+            try:
+                found.append(score(run, s))
+            except ValueError as e:
+                where = "" if str(run) in str(e) else f"{run}/model.safetensors: "
+                raise ValueError(f"{where}{e}") from e
         method = {"name": name, "runs": list(runs), "look": style_of(i),
                   "settings": next(iter(runs.values())), "validation_loss": best}
         for key in found[0]:

@@ -738,6 +738,10 @@ def read_settings(directory, experiment=None):
         config = json.loads(path.read_text())
         settings = dict(config["settings"])
         was = str(config["directory"])
+        "".join(settings[key] or "" for key in PATHS if key in settings)        # raises for others
+        for split in data_arxiv.SPLITS if "lightcones" in settings else ():
+            "".join(settings["lightcones"][split])            # names
+        sum(settings.get("norm", ()), 0.0)                    # numbers
     kind = settings.get("experiment", "lm")
     if experiment and kind != experiment:
         command = "perplexity" if kind == "lm" else kind
