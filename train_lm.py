@@ -738,7 +738,9 @@ def read_settings(directory, experiment=None):
         config = json.loads(path.read_text())
         settings = dict(config["settings"])
         was = str(config["directory"])
-        "".join(settings[key] or "" for key in PATHS if key in settings)        # raises for others
+        for key in PATHS:
+            if not isinstance(settings.get(key), str | None):
+                raise ValueError(f"{key} is {settings[key]!r}")
         for split in data_arxiv.SPLITS if "lightcones" in settings else ():
             "".join(settings["lightcones"][split])            # names
         sum(settings.get("norm", ()), 0.0)                    # numbers
