@@ -41,6 +41,7 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -623,10 +624,11 @@ def open_for_adding(out, size):
         read_store(out)                                                # says what is wrong
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(".*.tmp"):
-        pid = path.name.split(".")[-2]
+        ours, _, pid = path.stem.rpartition("-")              # .NAME.h5.HOST-PID.tmp
+        ended = ours.endswith(f".{platform.node()}") and not is_running(int(pid))
         with contextlib.suppress(FileNotFoundError):                  # another job cleans up, too
             old = time.time() - path.stat().st_mtime > 86400          # (left by another machine)
-            if old or pid.isdigit() and not is_running(int(pid)):
+            if old or ended:
                 path.unlink()
     free = shutil.disk_usage(out).free
     if free < size * 1.02:

@@ -124,7 +124,7 @@ def summary(values, bootstrap=True):
     low = high = None
     if bootstrap and n >= 10:
         rng = np.random.default_rng(0)
-        means = [values[rng.integers(n, size=(99, n))].mean(1) for _ in range(101)]       # 9,999
+        means = [rng.choice(values, (99, n)).mean(1) for _ in range(101)]                 # 9,999
         low, high = np.quantile(means, [0.025, 0.975]).tolist()
     q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {"n": n, "mean": float(values.mean()), "low": low, "high": high,
@@ -256,16 +256,13 @@ def smooth(epochs, losses, width):
     """Running mean over `width` steps to each side, never across the end of an epoch.
 
     epochs: as logged, e.g. 1.0 ends the first."""
-    def total(values):                                        # over the window
-        return np.convolve(values, np.ones(2 * width + 1))[width:width + len(values)]
-
     epochs = np.ceil(np.array(epochs) - 1e-9)
     losses = np.array(losses, float)
-    result = np.empty_like(losses)
-    for epoch in np.unique(epochs):
-        here = losses[epochs == epoch]
-        result[epochs == epoch] = total(here) / total(np.ones_like(here))
-    return result
+    result = []
+    for i, epoch in enumerate(epochs):
+        near = slice(max(0, i - width), i + width + 1)
+        result.append(losses[near][epochs[near] == epoch].mean())
+    return np.array(result)
 
 
 def draw_curves(ax, runs, x, key, look, label, smoothing=0.0):
@@ -317,23 +314,11 @@ def read_run(run):
     return settings
 
 
-def might_be_had(source):
-    """Whether a model is a path that is there, or may be a hub id."""
-    return os.path.exists(source) or (source.count("/") == 1 and source[0] not in "/.~")
-
-
-def fetch_parts(source, wanted):
-    """What `fetch` does, of what is no language model."""
-    if not might_be_had(source):
-        raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME)")
-    return fetch(source, wanted)
-
-
 def fetch_adapter(source, base):
     """An adapter in peft's format, a directory or a hub id -> Model, on `base` or the one it names.
 
     Raises ValueError if it is not to be had."""
-    directory = fetch_parts(source, ["adapter_config.json", "adapter_model.safetensors"])
+    directory = fetch(source, ["adapter_config.json", "adapter_model.safetensors"])
     with reading(directory / "adapter_config.json", f"{source} holds no adapter of peft's") as path:
         base = base or str(json.loads(path.read_bytes())["base_model_name_or_path"])
     return Model(name_of(source), base, directory)
@@ -359,12 +344,12 @@ def find_models(runs, args):
               for run, s in zip(runs, settings)]
     models += [fetch_adapter(source, args.base) for source in args.adapter]
     for m in models:
-        if not might_be_had(m.base):
+        if not os.path.exists(m.base) and not re.fullmatch(r"[^/.~][^/]*/[^/]*", m.base):
             raise ValueError(f"{m.name} is for the base {m.base}, which is not on this machine: "
                              "say with --base where it is")
-    if not models and not args.base:
-        raise ValueError("give run directories, --adapter or --base")
     bases = dict.fromkeys([args.base] if args.base else [m.base for m in models])
+    if not bases:
+        raise ValueError("give run directories, --adapter or --base")
     models = [Model(name_of(base), base) for base in bases] + models
     refuse_twins(m.name for m in models)
     return models, settings
@@ -401,14 +386,16 @@ def texts_of(args, settings, models=()):
     for name in args.across or [subset]:
         texts, what = read_texts(data, name, args)
         found[what] = texts
-        for m in models if args.split != "train" else []:
-            if m.adapter and (m.adapter.parent / "rows.npz").exists():
+        if args.split != "train":
+            for m in models:
                 check_unseen(m, texts, what)
     return found
 
 
 def check_unseen(model, texts, what):
-    """Refuse texts {id: text} that a model was trained on; note ids it knows with other texts."""
+    """Refuse texts {id: text} that a run was trained on; note ids it knows with other texts."""
+    if not model.adapter or not (model.adapter.parent / "rows.npz").exists():
+        return                                                # a base, or an adapter on its own
     ids, trained = trained_rows(model.adapter.parent)
     seen = len(trained.intersection(data_arxiv.row_hashes(texts.values()).tolist()))
     if seen:
@@ -447,15 +434,15 @@ def load_model(m, args):
                              "are free: add --quantize nf4, a third of it")
     model = load_pretrained(m.base, quantize=quantize, dtype=args.dtype, device=args.device)
     nf4 = any(isinstance(part, NF4Linear) for part in model.modules())
-    if not m.adapter:
-        return model, "NF4" if nf4 else bits
-    load_adapter(model, m.adapter)
-    if not nf4:
-        merge(model)
-        return model, f"merged, {bits}"
-    if not quantize:
-        note_once(f"{m.base} was saved in 4 bits, so {m.name} is evaluated unmerged on NF4")
-    return model, "unmerged, NF4"
+    how = "NF4" if nf4 else bits
+    if m.adapter:
+        load_adapter(model, m.adapter)
+        if nf4 and not quantize:
+            note_once(f"{m.base} was saved in 4 bits, so {m.name} is evaluated unmerged on NF4")
+        if not nf4:
+            merge(model)
+        how = f"{'unmerged' if nf4 else 'merged'}, {how}"
+    return model, how
 
 
 # -------------------------------------------------------------------------------------------------
@@ -466,12 +453,13 @@ def in_batches(function, sequences, most, desc):
     """What a function gives of a list of sequences, one result each, for all of them, as a list.
 
     They come to it in batches of like lengths, the longest first, of about `most` tokens each."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    ends = np.cumsum([len(sequences[i]) for i in order])
+    lengths = np.array([len(sequence) for sequence in sequences])
+    order = np.argsort(-lengths, kind="stable")
+    ends = lengths[order].cumsum()
     result = {}
     with tqdm(total=len(order), desc=desc, unit="text", dynamic_ncols=True) as bar:
         for rows in np.split(order, np.flatnonzero(np.diff(ends // most)) + 1):
-            result |= zip(rows.tolist(), function([sequences[i] for i in rows]))
+            result |= zip(rows, function([sequences[i] for i in rows]))
             bar.update(len(rows))
     return [result[i] for i in range(len(sequences))]
 
@@ -658,11 +646,17 @@ def write_completions(out, models, abstracts, args):
                   dynamic_ncols=True) as bar:
             for m in models:
                 bar.set_postfix(model=m.name)
-                add_completions(out, m, abstracts, have.get(m.name, {}), args, bar)
+                old = have.get(m.name, {})
+                bar.update(len(old.keys() & abstracts.keys()))
+                for records in new_completions(m, abstracts, old, args):
+                    append_lines(out, records)
+                    bar.update(len(records))
 
 
-def add_completions(out, m, abstracts, have, args, bar):
-    """Append the completions of a Model that are not among those it has, {id: record}."""
+def new_completions(m, abstracts, have, args):
+    """Yields, batch by batch, the records of a Model that are not among those it has, {id: record}.
+
+    Raises ValueError if those were made of other prompts or with other settings."""
     weights = m.adapter and (m.adapter / "adapter_model.safetensors").read_bytes()
     settings = {"base": name_of(m.base), "quantize": args.quantize, "dtype": str(args.dtype)[6:],
                 "adapter": weights and f"{zlib.crc32(weights):08x}",
@@ -670,23 +664,24 @@ def add_completions(out, m, abstracts, have, args, bar):
                 "max_new_tokens": args.max_new_tokens, "bos": not args.no_bos}
     for i, old in have.items():
         was = old["settings"] | {"prompt": old["prompt"]}
-        now = settings | {"prompt": abstracts.get(i, [old["prompt"]])[0]}
-        for k in now:
-            if was.get(k) != now[k]:
+        prompt, _ = abstracts.get(i, (old["prompt"], None))
+        for k, now in (settings | {"prompt": prompt}).items():
+            if was.get(k) != now:
                 raise ValueError(f"--out holds other completions of {m.name} ({k} was "
-                                 f"{was.get(k)!r}, now {now[k]!r}): choose another")
+                                 f"{was.get(k)!r}, now {now!r}): choose another")
+    if have.keys() >= abstracts.keys():
+        return
+    model, _ = load_model(m, args)
+    tokenizer = load_tokenizer(m.base)
     order = sorted(abstracts, key=lambda i: len(abstracts[i][0]))       # like lengths: less padding
-    parts = [order[k:k + args.batch_size] for k in range(0, len(order), args.batch_size)]
-    parts = [ids for ids in parts if not have.keys() >= set(ids)]       # whole: rounds the same
-    bar.update(len(order) - sum(map(len, parts)))
-    if parts:
-        model, _ = load_model(m, args)
-        tokenizer = load_tokenizer(m.base)
-    for ids in parts:
+    for k in range(0, len(order), args.batch_size):
+        ids = order[k:k + args.batch_size]
+        if have.keys() >= set(ids):
+            continue
+        # the whole batch, as an undisturbed process computes it: it rounds the same
         texts = complete_batch(model, tokenizer, [abstracts[i][0] for i in ids], ids, args)
-        append_lines(out, [dict(zip(FIELDS, (i, *abstracts[i], text, m.name, settings)))
-                           for i, text in zip(ids, texts) if i not in have])
-        bar.update(len(ids))
+        yield [dict(zip(FIELDS, (i, *abstracts[i], text, m.name, settings)))
+               for i, text in zip(ids, texts) if i not in have]
 
 
 def beside(path, suffix):
@@ -750,10 +745,9 @@ def read_modules(directory):
     pooling = read_json(pooled / "config.json", {})
     own = read_json(directory / "config_sentence_transformers.json", {})
     with reading(directory, "choose another --encoder"):
-        unknown = [key for config in (text, pooling, own) for key, value in config.items()
-                   if value and key not in KNOWN]
-        if unknown:
-            raise ValueError(f"it sets {', '.join(unknown)}, which is not computed here")
+        for key, value in (text | pooling | own).items():
+            if value and key not in KNOWN:
+                raise ValueError(f"it sets {key}, which is not computed here")
         modes = [mode for key, mode in POOLINGS.items() if pooling.get(key)]
         modes = pooling.get("pooling_mode") or modes or ["mean"]
         modes = [modes] if isinstance(modes, str) else modes
@@ -768,8 +762,8 @@ def load_encoder(source, device="cpu"):
 
     Raises ValueError for what is none, or is not computed here."""
     from tokenizers import Tokenizer, normalizers
-    found = fetch_parts(source, ["*.json", "*/*.json", "model.safetensors", "*/model.safetensors"])
-    directory, modes, normalised, text = read_modules(found)
+    directory, modes, normalised, text = read_modules(fetch(
+        source, ["*.json", "*/*.json", "model.safetensors", "*/model.safetensors"]))
     config = read_json(directory / "config.json")
     kind = str(config.get("model_type"))
     if kind not in LAYER:
@@ -1195,16 +1189,15 @@ def collect(args):
         if rater in raters:
             raise ValueError(f"{file}: there is another file by the rater {rater}")
         raters[rater] = ratings
-    items = list(dict.fromkeys(item for ratings in raters.values() for item in ratings))
+    items = list(dict.fromkeys(itertools.chain(*raters.values())))
     if not items:
         raise ValueError("these files hold no rating yet")
     models = np.array([model for model, _ in items])
-    rows = [{"name": model, "n": n, "measures": {}}
-            for model, n in Counter(models.tolist()).items()]
+    rows = [{"name": model, "n": n, "measures": {}} for model, n in Counter(models).items()]
     agreement = {}
     for c in CRITERIA:
         marks = np.array([[ratings.get(item, {}).get(c, np.nan) for item in items]
-                          for ratings in raters.values()], float)                 # (raters, items)
+                          for ratings in raters.values()])                        # (raters, items)
         agreement[c] = krippendorff_alpha(marks)
         count = (~np.isnan(marks)).sum(0)
         for row in rows:
@@ -1298,11 +1291,9 @@ def draw_intervals(rows, columns, name):
             for y, row in enumerate(rows):
                 if c in row["measures"]:
                     s = row["measures"][c]
-                    ends = None if s["low"] is None else [[s["mean"] - s["low"]],
-                                                          [s["high"] - s["mean"]]]
                     kind = kinds.index(row.get("lora"))
-                    ax.errorbar(s["mean"], y, xerr=ends, color=COLOURS[kind % 7],
-                                marker="*osD^vP"[kind % 7], ms=6, capsize=3)
+                    ax.plot([s["low"], s["mean"], s["high"]], [y] * 3, color=COLOURS[kind % 7],
+                            marker="*osD^vP"[kind % 7], markevery=[1])
                     if kind == 0:
                         ax.axvline(s["mean"], color="0.6", ls="--", lw=1, zorder=0)
             ax.set_title(c.replace(", ", ",\n"))
@@ -1412,26 +1403,22 @@ def export(args):
             raise ValueError("no token for the hub: make one with write access at "
                              "https://huggingface.co/settings/tokens, then run `hf auth login`")
     card = model_card(args, settings, base_id)
-    try:
-        with new_directory(args.out) as temporary:
-            if args.what == "merged":
-                save_merged(base, adapter, temporary)
-                files = [fetch(base) / name for name in TOKENIZER_FILES]
-            else:
-                no_links_out(adapter)
-                files = [adapter / "adapter_model.safetensors"]
-                config = read_json(adapter / "adapter_config.json")
-                config["base_model_name_or_path"] = base_id or base
-                with writing(temporary / "adapter_config.json") as path:
-                    path.write_text(json.dumps(config, indent=1))
-            for file in filter(Path.exists, files):
-                with writing(temporary / file.name) as path:
-                    shutil.copyfile(file, path)
-            with writing(temporary / "README.md") as path:
-                path.write_text(card, encoding="utf-8")
-    except OSError as e:                # it names the temporary directory, which is gone
-        hidden = rf"\.({re.escape(Path(args.out).name)})\.[^/]*\.tmp"
-        raise OSError(re.sub(hidden, r"\1", str(e))) from e
+    with new_directory(args.out) as temporary:
+        if args.what == "merged":
+            save_merged(base, adapter, temporary)
+            files = [fetch(base) / name for name in TOKENIZER_FILES]
+        else:
+            no_links_out(adapter)
+            files = [adapter / "adapter_model.safetensors"]
+            config = read_json(adapter / "adapter_config.json")
+            config["base_model_name_or_path"] = base_id or base
+            with writing(temporary / "adapter_config.json") as path:
+                path.write_text(json.dumps(config, indent=1))
+        for file in filter(Path.exists, files):
+            with writing(temporary / file.name) as path:
+                shutil.copyfile(file, path)
+        with writing(temporary / "README.md") as path:
+            path.write_text(card, encoding="utf-8")
     names = ", ".join(sorted(p.name for p in Path(args.out).iterdir()))
     print(f"{args.out} holds the {args.what} model: {names}")
     if args.push:

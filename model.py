@@ -100,7 +100,7 @@ def writing(path):
 def new_directory(path):
     """A temporary directory to fill, which becomes `path` once it is whole, or leaves no trace.
 
-    Raises ValueError if `path` exists."""
+    Raises ValueError if `path` exists; an OSError from inside names `path`, not what is gone."""
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
@@ -109,6 +109,8 @@ def new_directory(path):
         temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(path)
+    except OSError as e:
+        raise OSError(str(e).replace(str(temporary), str(path))) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -691,7 +693,8 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
 # Checkpoints: hub, in, out
 
 MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]
+               "chat_template.jinja", "generation_config.json", "*.safetensors",
+               "*.safetensors.index.json"]
 AGAIN = "get the checkpoint again (only safetensors are read)"
 
 
@@ -704,8 +707,7 @@ def fetch(source, wanted=MODEL_FILES):
     if os.path.isdir(source):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME) nor "
-                         f"one of the shapes {', '.join(SHAPES)}")
+        raise ValueError(f"{source} is neither a directory nor a hub id (ORGANISATION/NAME)")
     from huggingface_hub import snapshot_download
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -339,7 +340,7 @@ def test_killed_at_a_write(tmp_path):
         p.join()
         outcomes.append((p.exitcode, check_rows(path)))
     assert outcomes == [(9, 3), (9, 3), (9, 3), (9, 4)]                   # before fsync, chmod, replace; and after
-    mine = path / f".mine.h5.{os.getpid()}.tmp"                            # somebody is writing this one
+    mine = path / f".mine.h5.{platform.node()}-{os.getpid()}.tmp"                            # somebody is writing this one
     mine.touch()
     assert len(list(path.glob(".*.tmp"))) == 4
     dl.open_for_adding(path, 0)
@@ -375,7 +376,7 @@ def test_kill_9_of_simulate(tmp_path):
         p.wait()
         assert not psutil.wait_procs(children, timeout=20)[1]
         done = len(dl.read_store(tmp_path / "killed").names)
-    (tmp_path / "killed" / ".0123.h5.4194999.tmp").write_bytes(b"half a lightcone")
+    (tmp_path / "killed" / f".0123.h5.{platform.node()}-4194999.tmp").write_bytes(b"half a lightcone")
     for name in ("killed", "whole"):
         subprocess.run([*command, str(tmp_path / name)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     assert len(same_rows(tmp_path / "killed", tmp_path / "whole").names) == 16
@@ -484,7 +485,7 @@ def test_errors_are_one_line_and_status_2(tmp_path, capsys):
     h5py.File(tmp_path / "foreign" / "other.h5", "w").close()
     for arguments, words in [(["inspect", tmp_path / "none"], "no such store"), (["inspect", tmp_path / "text.h5"], "a store is a directory"),
                              (["inspect", tmp_path / "foreign"], "other.h5: is not a lightcone of a store"),
-                             (["convert", tmp_path / "text.h5", "--out", tmp_path / "x"], "none of the 1"),
+                             (["convert", tmp_path / "text.h5", "--out", tmp_path / "x"], "neither HDF5 nor .npz"),
                              (["simulate", "-n", "2", "--out", tmp_path / "store"], "choose another --out"),
                              (["simulate", "--box", "20", "--out", tmp_path / "x"], "cannot be filled"),
                              (["simulate", "--sky", "500", "--out", tmp_path / "x"], "cannot be filled"),
