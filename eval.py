@@ -97,8 +97,9 @@ from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, SYMBOLS, UNITS, Glob
                             normalise, power_spectrum, read_lightcone, read_store, split_names)
 from flow import sample
 from lora import load_adapter, merge, save_merged
-from model import (bos_eos, fetch, generate as generate_text, load_config, load_pretrained,
-                   load_tokenizer, new_directory, no_links_out, note as note_once, token_nll)
+from model import (TOKENIZER_FILES, bos_eos, fetch, generate as generate_text, load_config,
+                   load_pretrained, load_tokenizer, new_directory, no_links_out,
+                   note as note_once, token_nll)
 from quant import NF4Linear
 
 COLOURS = [                                                   # Okabe and Ito, colour-blind safe
@@ -150,11 +151,6 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
 
 
-def report_of(args, rows, **more):
-    """The report of a command."""
-    return {"command": args.command, "settings": vars(args), "rows": rows, **more}
-
-
 def print_table(title, header, rows, digits=3):
     """Columns as wide as they need be, the first to the left and the others to the right.
 
@@ -168,21 +164,21 @@ def print_table(title, header, rows, digits=3):
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def show(report, measures, title, digits=3, keys=("n",)):
-    """Print a report: a row each, its `keys`, then its measures as "mean [95% interval]".
+def show(rows, measures, title, digits=3, keys=("n",)):
+    """Print the rows of a report: their `keys`, then their measures as "mean [95% interval]".
 
     A single measure also shows its median, quartiles and standard deviation. A measure that a
     row lacks is a dash."""
     spread = ["median", "q1", "q3", "std"] if len(measures) == 1 else []
-    rows = []
+    lines = []
     every = []
-    for row in report["rows"]:
+    for row in rows:
         found = [row["measures"].get(m) for m in measures]
         cells = [interval(s, digits) if s else "-" for s in found]
         cells += [found[0][k] if found[0] else "-" for k in spread]
-        rows.append([row["name"], *(row.get(k, "-") for k in keys), *cells])
+        lines.append([row["name"], *(row.get(k, "-") for k in keys), *cells])
         every += filter(None, found)
-    print_table(f"{title}: mean [95% interval]", ["", *keys, *measures, *spread], rows, digits)
+    print_table(f"{title}: mean [95% interval]", ["", *keys, *measures, *spread], lines, digits)
     if any(s["low"] is None for s in every):
         print("(no interval: fewer than ten values, or values that are not independent)")
 
@@ -192,11 +188,16 @@ def plain(value):
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def write_report(path, report):
-    """Write a report as JSON."""
+def write_json(path, content):
+    """Write what a report or a key holds as JSON."""
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, default=plain))
+        temporary.write_text(json.dumps(content, indent=1, default=plain))
     print(f"written: {path}")
+
+
+def write_report(path, args, rows, **more):
+    """Write the report of a command as JSON."""
+    write_json(path, {"command": args.command, "settings": vars(args), "rows": rows, **more})
 
 
 def read_json(path, otherwise=None):
@@ -509,13 +510,13 @@ def perplexity(args):
             rows.append(report_row(m.name, {"perplexity": found}, on=on, weights=how,
                                    base=name_of(m.base), tokens=int(tokens.sum())))
         del model                                             # before the next one comes
-    report = report_of(args, rows)
-    show(report, ["perplexity"], "perplexity of abstracts", keys=("on", "n", "weights"))
+    show(rows, ["perplexity"], "perplexity of abstracts", keys=("on", "n", "weights"))
     bits = "NF4" if args.quantize == "nf4" else "16bit"
     name = f"{'across' if args.across else 'perplexity'}-{bits}.json"
-    for path in [args.json] if args.json else [Path(run) / name for run in args.runs]:
-        write_report(path, report)
-    if not (args.json or args.runs):
+    paths = [args.json] if args.json else [Path(run) / name for run in args.runs]
+    for path in paths:
+        write_report(path, args, rows)
+    if not paths:
         note_once("add --json FILE to keep these figures")
 
 
@@ -537,14 +538,14 @@ def split_abstract(text):
 
 
 def read_completions(path):
-    """A file of `complete` -> {model: {id: record}}.
+    """A file of `complete` -> {model: {id: record}}; first, as if a model gave it, the truth.
 
     Raises ValueError where there is none, naming a line that is no completion, and for a second
     one of an abstract."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'not there'}: {ADVICE}")
-    models = {}
+    models = {"truth": {}}
     for number, record in data_arxiv.read_jsonl(path):
         with reading(f"{path}, line {number}", ADVICE):
             if not all(isinstance(record[field], str) for field in FIELDS[:5]):
@@ -553,24 +554,17 @@ def read_completions(path):
             of_model = models.setdefault(record["model"], {})
             if of_model.setdefault(record["id"], record) is not record:
                 raise ValueError(f"a second completion of {record['id']} by {record['model']}")
-    if not models:
+            models["truth"][record["id"]] = record | {"completion": record["truth"]}
+    if not models["truth"]:
         raise ValueError(f"{path} holds no completion: {ADVICE}")
     return models
-
-
-def with_truth(models):
-    """Completions {model: {id: record}} and before them, as if a model gave it, the truth."""
-    truth = {i: r | {"completion": r["truth"]}
-             for records in models.values() for i, r in records.items()}
-    return {"truth": truth} | models
 
 
 def complete_batch(model, tokenizer, prompts, ids, args):
     """Completions (str) of prompts; each draws from the random stream of (--seed, its id)."""
     bos, _ = bos_eos(model.config, tokenizer)
-    encoded = [data_arxiv.encode(tokenizer, prompt, bos, None) for prompt in prompts]
-    if args.no_bos:
-        encoded = [tokens[1:] for tokens in encoded]
+    skip = 1 if args.no_bos else 0
+    encoded = [data_arxiv.encode(tokenizer, prompt, bos, None)[skip:] for prompt in prompts]
     longest = max(map(len, encoded)) + args.max_new_tokens
     room = model.config.max_position_embeddings
     if longest > room:
@@ -885,8 +879,8 @@ def semscore(args):
         raise ValueError("give one file that `eval.py complete` wrote")
     path = args.inputs[0]
     models = read_completions(path)
-    models["prompt alone"] = {i: r | {"completion": ""}
-                              for records in models.values() for i, r in records.items()}
+    truth = models.pop("truth")
+    models["prompt alone"] = {i: r | {"completion": ""} for i, r in truth.items()}
     pairs = {(model, i): (f"{r['prompt']} {r['truth']}", r["prompt"] + r["completion"])
              for model, records in models.items() for i, r in records.items()}
     encoder = load_encoder(args.encoder, start_processes(args.device)[2])
@@ -895,9 +889,8 @@ def semscore(args):
     scores = {place: float(vectors[a] @ vectors[b]) for place, (a, b) in pairs.items()}
     rows = [report_row(model, {"semscore": {i: scores[model, i] for i in records}})
             for model, records in models.items()]
-    report = report_of(args, rows)
-    show(report, ["semscore"], f"SemScore of {path} with {args.encoder}", 4)
-    write_report(args.json or beside(path, "semscore.json"), report)
+    show(rows, ["semscore"], f"SemScore of {path} with {args.encoder}", 4)
+    write_report(args.json or beside(path, "semscore.json"), args, rows)
 
 
 def pairwise(args):
@@ -921,10 +914,9 @@ def pairwise(args):
                 raise ValueError(f"{a} holds fewer than two abstracts: there is no pair")
             rows.append({"name": m.name, "n": cosine.numel(), "between": f"{a} - {b}",
                          "measures": {"cosine": summary(cosine.flatten(), bootstrap=False)}})
-    report = report_of(args, rows)
-    show(report, ["cosine"], "pairs of abstracts, mean-pooled last layer", 4, ("between", "n"))
+    show(rows, ["cosine"], "pairs of abstracts, mean-pooled last layer", 4, ("between", "n"))
     if args.json or args.inputs:
-        write_report(args.json or Path(args.inputs[0]) / "pairwise.json", report)
+        write_report(args.json or Path(args.inputs[0]) / "pairwise.json", args, rows)
 
 
 @torch.no_grad()
@@ -1010,7 +1002,7 @@ def drift_of(texts, window):
 def signatures(args):
     """Repetition, invented metadata and length of completions, per model, with the truth as the row
     to compare with; of long completions also by windows."""
-    models = with_truth(read_completions(args.file))
+    models = read_completions(args.file)
     rows = []
     drift = []
     for model, records in tqdm(models.items(), desc="signatures", unit="model"):
@@ -1025,7 +1017,7 @@ def signatures(args):
     if drift:
         print_table(f"completions of two windows and more, by windows of {args.window} words",
                     drift[0], [d.values() for d in drift])
-    write_report(beside(args.file, "signatures.json"), report_of(args, rows, drift=drift))
+    write_report(beside(args.file, "signatures.json"), args, rows, drift=drift)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1124,7 +1116,7 @@ def rate(args):
     which text is whose; with --collect the table from the raters' files."""
     if args.collect:
         return collect(args)
-    models = with_truth(read_completions(args.file))
+    models = read_completions(args.file)
     ids = [i for i in models["truth"] if all(i in records for records in models.values())]
     if not ids:
         raise ValueError(f"no abstract of {args.file} has a completion by every model: finish "
@@ -1143,7 +1135,7 @@ def rate(args):
         temporary.write_text(rating_page(abstracts, page), encoding="utf-8")
     print(f"written: {out} ({len(abstracts)} abstracts, {len(models)} texts each): give it to the "
           "raters")
-    write_report(beside(args.file, f"{page}.key.json"), key)
+    write_json(beside(args.file, f"{page}.key.json"), key)
     print(f"keep the key to yourself; then: python eval.py rate {args.file} --collect FILES")
 
 
@@ -1206,11 +1198,11 @@ def collect(args):
                 s = summary(np.nanmean(marks[:, here], 0))
                 row["measures"][f"rating {c}"] = s | {"ratings": int(count[here].sum())}
     rows.sort(key=lambda row: -row["measures"].get("rating overall", {"mean": 0})["mean"])
-    report = report_of(args, rows, raters=list(raters), agreement=agreement)
-    show(report, [f"rating {c}" for c in CRITERIA], f"human rating by {', '.join(raters)}", 2)
+    show(rows, [f"rating {c}" for c in CRITERIA], f"human rating by {', '.join(raters)}", 2)
     print_table("agreement of the raters (Krippendorff's alpha)", CRITERIA,
                 [["-" if alpha is None else alpha for alpha in agreement.values()]])
-    write_report(beside(args.file, "rating.json"), report)
+    write_report(beside(args.file, "rating.json"), args, rows, raters=list(raters),
+                 agreement=agreement)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1273,10 +1265,9 @@ def compare(args):
         if len({(s["on"], s["n"]) for s in every}) > 1:
             note_once(f"{column} was not measured on the same abstracts for all of these; run them "
                       "in one command")
-    report = report_of(args, rows)
-    show(report, columns, "runs", keys=("subset", "lora", "validation loss"))
+    show(rows, columns, "runs", keys=("subset", "lora", "validation loss"))
     out = args.out or Path(args.runs[0]).resolve().parent / "compare"
-    write_report(f"{out}.json", report)
+    write_report(f"{out}.json", args, rows)
     if columns:
         draw_intervals(rows, columns, out)
     draw_losses(rows[len(bases):], f"{out}-loss")
@@ -1383,10 +1374,6 @@ def model_card(args, settings, base_id):
         losses=f"Validation loss, nats a token: {losses[0]:.4f} before, {losses[-1]:.4f} after "
                "training." if losses else "",
         licence=args.license or "That of the base model")
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "chat_template.jinja", "generation_config.json")
 
 
 def export(args):
@@ -1693,12 +1680,11 @@ def regress(args):
                            coverage=dict(zip(PARAMETERS, m["coverage"].T))))
     out = report_path(args)
     vars(args).update({"data": data, "levels": LEVELS, "ridge alpha": alpha})
-    report = report_of(args, rows)
-    show(report, measures,
+    show(rows, measures,
          f"{args.split} lightcones of {data}, losses in nats a parameter (difference: from the "
          "first row's, lightcone by lightcone), error over the prior's width", 4, SEEDS)
-    show(report, errors, "error |predicted mean - truth| over the prior's width", keys=())
-    write_report(f"{out}.json", report)
+    show(rows, errors, "error |predicted mean - truth| over the prior's width", keys=())
+    write_report(f"{out}.json", args, rows)
     worst = max(max(m["validation_loss"]) for m in methods)   # as a rule the prior mean's
     draw_training(methods, "epoch", {"validation_loss": "validation loss [nats a parameter]"},
                   f"{out}-loss", ylim=(None, worst + 0.05))
@@ -1887,7 +1873,7 @@ def posteriors(args):
         print_table(f"posterior of {what}: the Gaussian cut at the prior",
                     ["", "unit", "median", "std", "68% interval", "truth"], row.pop("table"))
         out = f"{args.out or run / 'posterior'}-{stem}"
-        write_report(f"{out}.json", report_of(args, [row | {"notes": notes, "gaussian": gaussian}]))
+        write_report(f"{out}.json", args, [row | {"notes": notes, "gaussian": gaussian}])
         signal = signal[0].numpy() * settings["norm"][1] + settings["norm"][0]
         draw_corner(draws, row, z, signal, what, out)
 
@@ -2106,13 +2092,12 @@ def next_patch(args):
                    by_patch=m["by_patch"]) for m in methods]
     out = report_path(args)
     vars(args).update(data=test.path, windows=len(windows))
-    report = report_of(args, rows)
-    show(report, measures,
+    show(rows, measures,
          f"{len(windows)} windows of {args.split} lightcones of {test.path}, normalised units "
          "(difference: from the first row's, lightcone by lightcone)", keys=SEEDS)
-    show(report, FOLLOWED[1:], "error of patch means, of structure; correlations of structure",
+    show(rows, FOLLOWED[1:], "error of patch means, of structure; correlations of structure",
          keys=())
-    write_report(f"{out}.json", report)
+    write_report(f"{out}.json", args, rows)
     draw_positions(methods, f"{out}-position")
     draw_training(methods, "step", {"loss": "training loss (running mean)",
                                     "validation_loss": "validation loss"},
@@ -2231,8 +2216,7 @@ def generate(args):
                                      first["patch"]))
         show_panel(panels[-1])
     args.data = test.path
-    report = report_of(args, [row for panel in panels for row in panel["rows"]])
-    write_report(f"{out}.json", report)
+    write_report(f"{out}.json", args, [row for panel in panels for row in panel["rows"]])
     draw_statistics(panels, methods, f"{out}-statistics")
     drawn = [name for name, _ in Counter(names).most_common(args.figures)]     # at most redshifts
     for i, name in enumerate(names):
@@ -2304,12 +2288,12 @@ def compare_slices(redshift, methods, truth, here, cell, p):
 
 def show_panel(panel):
     """The tables of one redshift."""
-    show(panel, EVOLUTION,
+    show(panel["rows"], EVOLUTION,
          f"from z = {panel['redshift']:g} on, structure in patches (normalised), T_b [mK]")
     for key, of in (("power", "T_b"), ("normalised", "the normalised field")):
         measures = [f"{key} {k:.2g}" for k in panel["k"]]
-        show(panel, measures, f"power of {of} over the truth's by k [1/Mpc] (within: bins of k "
-             "where that of T_b is within a factor 2)", 2, ("within",))
+        show(panel["rows"], measures, f"power of {of} over the truth's by k [1/Mpc] (within: bins "
+             "of k where that of T_b is within a factor 2)", 2, ("within",))
 
 
 def draw_statistics(panels, methods, name):

@@ -692,9 +692,9 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: hub, in, out
 
-MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "chat_template.jinja", "generation_config.json", "*.safetensors",
-               "*.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja", "generation_config.json"]
+MODEL_FILES = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
 AGAIN = "get the checkpoint again (only safetensors are read)"
 
 

@@ -226,7 +226,7 @@ def test_compare(tiny, trained, tmp_path, capsys):
     nano_eval.main(["perplexity", str(trained), str(other), "--samples", "12", "--device", "cpu", "--dtype", "float32"])
     report = {"command": "x", "settings": {}, "rows": [nano_eval.report_row(m, {"semscore": {str(i): x for i in range(12)}})
                                                          for m, x in (("base", 0.5), ("s1-all", 0.75))]}
-    nano_eval.write_report(tmp_path / "c.semscore.json", report)
+    nano_eval.write_json(tmp_path / "c.semscore.json", report)
     s = {"n": 3, "mean": 5.5, "low": 5, "high": 6}
     (tmp_path / "c.rating.json").write_text(json.dumps({"rows": [{"name": "s1-all", "measures": {"rating overall": s}}]}))
     capsys.readouterr()
