@@ -306,15 +306,6 @@ def name_of(source):
     return place.name
 
 
-def read_run(run):
-    """The settings of a run of train_lm.py with a result. ValueError if they cannot be used."""
-    settings = read_settings(run, "lm")
-    for key in ("base", "data", "subset"):
-        if not isinstance(settings.get(key), str):
-            raise ValueError(f"{run}/config.json: {key} is {settings.get(key)!r}; it is damaged")
-    return settings
-
-
 def fetch_adapter(source, base):
     """An adapter in peft's format, a directory or a hub id -> Model, on `base` or the one it names.
 
@@ -340,7 +331,7 @@ def find_models(runs, args):
     is named, two share a name, or a base is a path that is not there."""
     _, _, args.device = start_processes(args.device)
     args.dtype = resolve_dtype(args.dtype, args.device)
-    settings = [read_run(run) for run in runs]
+    settings = [read_settings(run, "lm") for run in runs]
     models = [Model(name_of(run), args.base or s["base"], Path(run) / "adapter")
               for run, s in zip(runs, settings)]
     models += [fetch_adapter(source, args.base) for source in args.adapter]
@@ -421,7 +412,8 @@ def free_memory(device):
 
 
 def load_model(m, args):
-    """A Model -> (CausalLM, how it was joined: "16 bit", "merged, 16 bit" or "unmerged, NF4").
+    """A Model -> CausalLM, its tokenizer, how it was joined: "16 bit", "merged, 16 bit" or
+    "unmerged, NF4".
 
     Raises ValueError, before any weights are read, if they do not fit in memory."""
     quantize = None if args.quantize == "none" else args.quantize
@@ -443,7 +435,7 @@ def load_model(m, args):
         if not nf4:
             merge(model)
         how = f"{'unmerged' if nf4 else 'merged'}, {how}"
-    return model, how
+    return model, load_tokenizer(m.base), how
 
 
 # -------------------------------------------------------------------------------------------------
@@ -497,8 +489,7 @@ def perplexity(args):
     tests = texts_of(args, settings, models)
     rows = []
     for m in models:
-        model, how = load_model(m, args)
-        tokenizer = load_tokenizer(m.base)
+        model, tokenizer, how = load_model(m, args)
         for on, texts in tests.items():
             values, tokens = perplexities(model, tokenizer, texts.values(), args.batch_tokens,
                                           f"{m.name}, {on}")
@@ -585,8 +576,8 @@ def finish_prompt(models, args):
     if len(runs) == len(models) - 1:
         models = runs or models
     for m in models:
-        model, _ = load_model(m, args)
-        completion, = complete_batch(model, load_tokenizer(m.base), [args.prompt], ["prompt"], args)
+        model, tokenizer, _ = load_model(m, args)
+        completion, = complete_batch(model, tokenizer, [args.prompt], ["prompt"], args)
         print(printable(f"[{m.name}]\n{args.prompt}{completion}\n"), flush=True)
         del model                                             # before the next one comes
 
@@ -665,8 +656,7 @@ def new_completions(m, abstracts, have, args):
                                  f"{was.get(k)!r}, now {now!r}): choose another")
     if have.keys() >= abstracts.keys():
         return
-    model, _ = load_model(m, args)
-    tokenizer = load_tokenizer(m.base)
+    model, tokenizer, _ = load_model(m, args)
     order = sorted(abstracts, key=lambda i: len(abstracts[i][0]))       # like lengths: less padding
     for k in range(0, len(order), args.batch_size):
         ids = order[k:k + args.batch_size]
@@ -902,9 +892,8 @@ def pairwise(args):
     tests = texts_of(args, settings)
     rows = []
     for m in models:
-        model, _ = load_model(m, args)
-        vectors = {on: embed_llm(model, load_tokenizer(m.base), texts.values())
-                   for on, texts in tests.items()}
+        model, tokenizer, _ = load_model(m, args)
+        vectors = {on: embed_llm(model, tokenizer, texts.values()) for on, texts in tests.items()}
         del model                                             # before the next one comes
         for a, b in itertools.combinations_with_replacement(vectors, 2):
             cosine = vectors[a] @ vectors[b].T                                    # (N_a, N_b)
@@ -990,8 +979,7 @@ def drift_of(texts, window):
     Texts of at least two windows only."""
     texts = [words for words in texts if len(words) >= 2 * window]
     result = []
-    for k in range(max(map(len, texts), default=0) // window):
-        start = k * window
+    for start in range(0, max(map(len, texts), default=0) - window + 1, window):
         here = [repetition(words[start:start + window]) for words in texts
                 if len(words) >= start + window]
         means = {measure: np.mean([r[measure] for r in here]) for measure in here[0]}
@@ -1191,12 +1179,12 @@ def collect(args):
         marks = np.array([[ratings.get(item, {}).get(c, np.nan) for item in items]
                           for ratings in raters.values()])                        # (raters, items)
         agreement[c] = krippendorff_alpha(marks)
-        count = (~np.isnan(marks)).sum(0)
+        given = ~np.isnan(marks)
         for row in rows:
-            here = (models == row["name"]) & (count > 0)
+            here = (models == row["name"]) & given.any(0)
             if here.any():
                 s = summary(np.nanmean(marks[:, here], 0))
-                row["measures"][f"rating {c}"] = s | {"ratings": int(count[here].sum())}
+                row["measures"][f"rating {c}"] = s | {"ratings": given[:, here].sum()}
     rows.sort(key=lambda row: -row["measures"].get("rating overall", {"mean": 0})["mean"])
     show(rows, [f"rating {c}" for c in CRITERIA], f"human rating by {', '.join(raters)}", 2)
     print_table("agreement of the raters (Krippendorff's alpha)", CRITERIA,
@@ -1245,7 +1233,7 @@ def compare(args):
     """One table and two figures over any number of runs and their bases: what the other commands
     measured of them, and their loss curves."""
     refuse_twins(name_of(run) for run in args.runs)
-    settings = {run: read_run(run) for run in args.runs}
+    settings = {run: read_settings(run, "lm") for run in args.runs}
     bases = {name_of(s["base"]): run for run, s in settings.items()}
     rows = [{"name": name, "measures": measured(name, run, args.completions)}
             for name, run in bases.items()]
@@ -1280,8 +1268,7 @@ def draw_intervals(rows, columns, name):
     with figure(name, 1, len(columns), size, sharey=True, squeeze=False) as axes:
         for c, ax in zip(columns, axes[0]):
             for y, row in enumerate(rows):
-                if c in row["measures"]:
-                    s = row["measures"][c]
+                if s := row["measures"].get(c):
                     kind = kinds.index(row.get("lora"))
                     ax.plot([s["low"], s["mean"], s["high"]], [y] * 3, color=COLOURS[kind % 7],
                             marker="*osD^vP"[kind % 7], markevery=[1])
@@ -1378,7 +1365,7 @@ def model_card(args, settings, base_id):
 
 def export(args):
     """Write a run as a 16-bit checkpoint (or its adapter) with a model card; upload it."""
-    settings = read_run(args.run)
+    settings = read_settings(args.run, "lm")
     base = args.base or settings["base"]
     base_id = args.base_id or (None if os.path.isdir(base) else base)
     adapter = Path(args.run) / "adapter"
@@ -2407,7 +2394,8 @@ def flag(name, help, **how):
 
 
 flag("run", "run directory of train_lm.py", metavar="RUN")
-flag("runs", "run directories of train_lm.py", metavar="RUN", nargs="+")
+flag("runs", "directories of finished trainings; L3M's that differ by the seed only count as one",
+     metavar="RUN", nargs="+")
 flag("inputs", "the file that `complete` wrote; with --pairwise run directories",
      metavar="FILE_OR_RUN", nargs="*")
 flag("file", "the file that `complete` wrote", metavar="FILE")
@@ -2431,11 +2419,12 @@ flag("subset", "set, category, recipe, or control (the five control papers); def
 flag("split", "of --subset", choices=["train", "validation", "test"], default="test")
 flag("across", "these, one by one, in place of --subset", nargs="+", metavar="CATEGORY")
 flag("samples", "so many abstracts, drawn with --seed; 0: all", type=COUNT_OR_ALL, default=0)
-flag("seed", "of the choice of abstracts, and of sampling",
+flag("seed", "of every random choice: which items, in which order, what is sampled",
      type=bounded(int, 0, 2 ** 32 - 1), default=42)
 flag("batch_tokens", "tokens in one forward pass; changes memory and speed only",
      type=COUNT, default=4096)
-flag("batch_size", "abstracts at a time; changes memory and speed only", type=COUNT, default=16)
+flag("batch_size", "abstracts, signals, windows or lightcones at a time; changes memory and speed "
+     "only", type=COUNT, default=16)
 # sampling of text
 flag("prompt", "finish this text instead, and print the result", metavar="TEXT")
 flag("max_new_tokens", "longest completion", type=COUNT, default=1024)
@@ -2445,7 +2434,8 @@ flag("no_bos", "prompts without the BOS token, as in the paper's released code",
      action="store_true")
 # L3M
 flag("lightcone", "lightcones as `data_lightcone.py convert` reads them (NaN: parameter unknown): "
-     "print and draw the posterior", nargs="+", metavar="FILE")
+     "print and draw the posterior; NAME-FILE.json and .png, default: posterior-FILE",
+     nargs="+", metavar="FILE")
 flag("method", "sampler: dopri5 adapts its steps (tolerance 1e-3), midpoint takes --steps",
      choices=["dopri5", "midpoint"], default="dopri5")
 flag("steps", "of midpoint, two evaluations of the network each; fewer are quicker and less exact",
@@ -2518,7 +2508,6 @@ def main(argv=None):
                 ["file", "window"])
     add_command(commands, rate, "a page for blind rating by experts; collect their files",
                 ["file", "samples", "seed", "out", "collect"], samples={"default": 12},
-                seed={"help": "of the choice and the order"},
                 out={"metavar": "HTML", "help": "the page; default: FILE with .rate.html"})
     add_command(commands, compare, "one table and figures over any number of runs",
                 ["runs", "completions", "out"],
@@ -2529,39 +2518,25 @@ def main(argv=None):
                  "private"],
                 out={"metavar": "DIR", "required": True, "help": "a new directory to write"},
                 base={"help": "16-bit model to merge into; default: the run's base"})
-    held_out = {"choices": ["validation", "test"],
-                "help": "lightcones to judge on; validation also chose each run's best step"}
+    of_l3m = {
+        "split": {"choices": ["validation", "test"],
+                  "help": "lightcones to judge on; validation also chose each run's best step"},
+        "data": {"help": "store of data_lightcone.py, or for regress .npz of signals; default: the "
+                 "runs' own"},
+        "out": {"metavar": "NAME", "help": "NAME.json, NAME-....png; default: COMMAND-SPLIT in the "
+                "run's directory, or beside the first's for several"}}
     add_command(commands, regress, "six parameters from the global 21cm signal: errors, "
                 "calibration; your own lightcone",
                 ["runs", "lightcone", "split", "data", "samples", "seed", "batch_size", "device",
-                 "out"], split=held_out,
-                runs={"help": "run directories of train_l3m.py regress"},
-                data={"help": "store, or .npz of signals; default: the runs' own"},
+                 "out"], **of_l3m, batch_size={"default": 64},
                 samples={"type": COUNT, "default": 50, "help": "draws from the Gaussian of each "
-                         "lightcone, for the figure of prediction against truth"},
-                seed={"help": "of these draws"},
-                batch_size={"default": 64, "help": "signals at a time; changes memory and speed "
-                            "only"},
-                out={"metavar": "NAME", "help": "NAME.json, NAME-loss.png, ...; default: "
-                     "regress-SPLIT in the run's directory, or beside the first's for several; "
-                     "with --lightcone NAME-FILE.json and .png, default posterior-FILE"})
-    of_slices = {
-        "runs": {"help": "run directories of train_l3m.py generate; those that differ by the seed "
-                 "only count as one"},
-        "split": held_out,
-        "data": {"help": "store of data_lightcone.py; default: the runs' own"},
-        "out": {"metavar": "NAME", "help": "NAME.json, NAME-....png; default: COMMAND-SPLIT in the "
-                "run's directory, or beside the first's for several"}}
+                         "lightcone, for the figure of prediction against truth"})
     add_command(commands, next_patch, "lightcone slices: the next patch given the truth before it",
-                ["runs", *SLICES, "max_windows"], **of_slices,
-                seed={"help": "of the choice of windows, and of the noise, which all runs share"},
-                batch_size={"default": 8, "help": "windows at a time"})
+                ["runs", *SLICES, "max_windows"], **of_l3m, batch_size={"default": 8})
     add_command(commands, generate, "lightcone slices generated on their own, beside the truth",
                 ["runs", *SLICES, "context", "slices", "slide", "samples", "lightcones",
-                 "redshifts", "figures"], **of_slices,
-                seed={"help": "of the choice of lightcones, and of the noise that all runs share"},
-                samples={"type": COUNT, "default": 1, "help": "continuations of each lightcone"},
-                batch_size={"help": "lightcones at a time"})
+                 "redshifts", "figures"], **of_l3m,
+                samples={"type": COUNT, "default": 1, "help": "continuations of each lightcone"})
     args = parser.parse_args(argv)
     function = args.function
     del args.function                                         # a report keeps the rest

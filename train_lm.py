@@ -738,13 +738,14 @@ def read_settings(directory, experiment=None):
         config = json.loads(path.read_text())
         settings = dict(config["settings"])
         was = str(config["directory"])
-        for key in PATHS:
-            if not isinstance(settings.get(key), str | None):
-                raise ValueError(f"{key} is {settings[key]!r}")
+        kind = settings.get("experiment", "lm")
+        text = str if kind == "lm" else str | None            # L3M: no subset, perhaps no base
+        for key in (*PATHS, "subset"):
+            if not isinstance(settings.get(key), text):
+                raise ValueError(f"{key} is {settings.get(key)!r}")
         for split in data_arxiv.SPLITS if "lightcones" in settings else ():
             "".join(settings["lightcones"][split])            # names
         sum(settings.get("norm", ()), 0.0)                    # numbers
-    kind = settings.get("experiment", "lm")
     if experiment and kind != experiment:
         command = "perplexity" if kind == "lm" else kind
         raise ValueError(f"{directory} is another experiment's run: use eval.py {command}")
