@@ -64,17 +64,26 @@ PRIORS = np.array([[0.3, 10], [0.2, 0.4], [38, 42], [100, 1500], [4.0, 5.3], [10
 SYMBOLS = [r"$m_{\rm WDM}$", r"$\Omega_m$", r"$\log_{10} L_X$", "$E_0$",
            r"$\log_{10} T_{\rm vir}$", r"$\zeta$"]                                   # for figures
 UNITS = ["keV", "", "erg/s/(Msun/yr)", "eV", "K", ""]
-HUBBLE = 0.6766                               # h; this line and the next: Planck 2018; flat LCDM
-OMEGA_B, SIGMA_8, N_S = 0.04897, 0.8102, 0.9665
+HUBBLE = 0.6766                               # h; this line and three more: Planck 2018, flat LCDM
+OMEGA_B = 0.04897
+SIGMA_8 = 0.8102
+N_S = 0.9665
 COSMOLOGY = (HUBBLE, OMEGA_B, SIGMA_8, N_S)
-COSMOLOGY_NAMES = ("h", "Omega_b", "sigma_8", "n_s")
+COSMOLOGY_NAMES = ("h", "Omega_b", "sigma_8", "n_s")                                  # here
+COSMOLOGY_KEYS = ("hlittle", "OMb", "SIGMA_8", "POWER_INDEX")                         # in 21cmFAST
 N_HE = 0.083                                  # helium atoms per hydrogen atom
-TAU, TAU_SIGMA = 0.054, 0.007                 # Planck 2018 optical depth
-BINS, CELL = 2350, 200 / 140                  # the paper's lightcones: bins, and Mpc a bin
+TAU = 0.054                                   # optical depth; it and its sigma: Planck 2018
+TAU_SIGMA = 0.007
+BINS = 2350                                   # the paper's lightcones: slices
+CELL = 200 / 140                              # Mpc a slice
 Z_LOW = 5.0                                   # where they begin
 HISTORY = 128                                 # nodes of an ionisation history that a store keeps
-LIGHT_SPEED, MPC, PROTON_MASS = 2.99792458e10, 3.0857e24, 1.6726e-24                          # cgs
-GRAVITY, BOLTZMANN, THOMSON = 6.6743e-8, 1.3807e-16, 6.6524e-25                               # cgs
+LIGHT_SPEED = 2.99792458e10                   # cgs, as are all these
+MPC = 3.0857e24
+PROTON_MASS = 1.6726e-24
+GRAVITY = 6.6743e-8
+BOLTZMANN = 1.3807e-16
+THOMSON = 6.6524e-25
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,22 +163,6 @@ class Lightcone(NamedTuple):
     notes: list                     # what a user should know about this file, a sentence each
 
 
-class Found(NamedTuple):
-    """What a format holds, before the checks that all share."""
-    image: object                   # (x, y, t from low z): HDF5 data set, or an open .npz
-    parameters: np.ndarray
-    distances: np.ndarray | None    # (t,) Mpc; one of the two, or neither
-    z: np.ndarray | None            # (t,)
-    history: tuple | None           # (nodes,), (nodes,)
-    seed: int
-    cell_sky: float | None
-    cosmology: tuple
-    options: str
-    notes: list
-    first: int = 0                  # slices before it and after the last `spare` are no result
-    spare: int = 0
-
-
 def read_lightcone(path, bins=BINS, cube=True):
     """Read the first `bins` line-of-sight bins (from low z; None: all) of a lightcone file in any
     of the formats above.
@@ -184,10 +177,10 @@ def read_lightcone(path, bins=BINS, cube=True):
             magic = f.read(8)
         if magic.startswith(b"\x89HDF"):
             with h5py.File(path, "r", locking=False) as f:
-                return finish(path, read_21cmfast(path, f), bins, cube)
+                return finish(path, bins, cube, **read_21cmfast(path, f))
         if magic.startswith(b"PK"):
             with np.load(path, allow_pickle=False) as f:
-                return finish(path, read_npz(path, f), bins, cube)
+                return finish(path, bins, cube, **read_npz(path, f))
         raise ValueError(f"{path}: {'neither HDF5 nor .npz' if magic else 'is an empty file'}")
 
 
@@ -201,7 +194,7 @@ PAPER_OPTIONS = {"INHOMO_RECO": (False,), "RECOMB_MODEL": ("none",), "CELL_RECOM
 
 
 def read_21cmfast(path, f):
-    """21cmFAST's own files, 3.x and 4.x -> Found."""
+    """21cmFAST's own files, 3.x and 4.x -> arguments of `finish`."""
     if "brightness_temp" in f:
         raise ValueError(f"{path}: is a store's lightcone already: copy it into the other store")
     v4 = "InputParameters" in f
@@ -210,39 +203,38 @@ def read_21cmfast(path, f):
         raise ValueError(f"{path}: HDF5, but not a 21cmFAST v3 or v4 lightcone (no astro_params)")
     settings = {}
     for group in inputs.values():
-        if isinstance(group, h5py.Group):
-            settings |= group.attrs
+        settings |= group.attrs
     parameters, notes = parameters_21cmfast(path, settings, v4)
     options = [f"{name} {settings[name]}" for name, values in PAPER_OPTIONS.items()
                if name in settings and settings[name] not in values]
-    cosmology = [settings.get(k, np.nan) for k in ("hlittle", "OMb", "SIGMA_8", "POWER_INDEX")]
-    if settings.get("USE_SIGMA_8") and "SIGMA_8" not in settings:
-        cosmology[2] = settings.get("ps_norm", np.nan)
+    if settings.get("USE_SIGMA_8"):
+        settings.setdefault("SIGMA_8", settings.get("ps_norm", np.nan))
+    cosmology = [settings.get(key, np.nan) for key in COSMOLOGY_KEYS]
     if abs(settings.get("wl", -1) + 1) > 0.002:
         raise ValueError(f"{path}: made with dark energy of w = {settings['wl']:g}, not flat LCDM")
 
     image = f["lightcones/brightness_temp"]
     side = settings["HII_DIM"]
     cell = settings.get("BOX_LEN", settings.get("LOWRES_CELL_SIZE_MPC", 1.5) * side) / side
-    if v4:
-        distances = f["lightcone_distances"][:]
-    elif "distances" in f:
-        distances = f["distances"][:]
-    else:                                          # up to 3.3.1: cells are cubes, from `redshift`
-        start = comoving_distance(f.attrs["redshift"], parameters[1], h_of(cosmology))
+    distances = f.get("lightcone_distances", f.get("distances"))                         # v4, v3
+    if distances is None:                          # up to 3.3.1: cells are cubes, from `redshift`
+        start = comoving_distance(f.attrs["redshift"], parameters[1], assumed(cosmology)[0])
         distances = start + cell * np.arange(image.shape[-1])
 
     history = None
     nodes = inputs["node_redshifts"]
     if nodes.shape:
         check_finished(path, f.attrs, nodes[:])
-        for name in ("neutral_fraction", "xH_box"):
-            if name in f.get("global_quantities", {}):
-                history = nodes[:], f["global_quantities"][name][:]
-    seed = int(inputs.attrs.get("random_seed", -1))
-    return Found(image, parameters, distances, None, history, seed, cell, tuple(cosmology),
-                 ", ".join(options), notes, int(f.attrs.get("lowz_buffer_pixels", 0)),
-                 int(f.attrs.get("highz_buffer_pixels", 0)))
+        means = f.get("global_quantities", {})
+        x_hi = means.get("neutral_fraction", means.get("xH_box"))                        # v4, v3
+        history = None if x_hi is None else (nodes[:], x_hi[:])
+    return {
+        "shape": image.shape, "image": lambda: image, "parameters": parameters,
+        "distances": distances[:], "history": history, "cosmology": cosmology,
+        "seed": int(inputs.attrs.get("random_seed", -1)), "cell_sky": float(cell),
+        "options": ", ".join(options), "notes": notes,
+        "first": int(f.attrs.get("lowz_buffer_pixels", 0)),
+        "spare": int(f.attrs.get("highz_buffer_pixels", 0))}
 
 
 def parameters_21cmfast(path, settings, v4):
@@ -283,22 +275,26 @@ def check_finished(path, attributes, nodes):
 
 
 def read_npz(path, f):
-    """The two kinds of .npz -> Found."""
+    """The two kinds of .npz -> arguments of `finish`."""
     if "image" not in f:
         raise ValueError(f"{path}: lacks image (and is not a lightcone .npz)")
-    label = [k for k in ("label", "labels") if k in f]
+    label = [key for key in ("label", "labels") if key in f]
     if label:                                                                # the L3M release
-        p = order_labels(path, label[0], np.asarray(f[label[0]], float).ravel())
+        parameters = order_labels(path, label[0], np.asarray(f[label[0]], float).ravel())
     else:
-        missing = [k for k in PARAMETERS if k not in f]
+        missing = [key for key in PARAMETERS if key not in f]
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(missing)}")
-        p = np.array([float(f[k]) for k in PARAMETERS])
-    history = (f["node_z"], f["xH"]) if "xH" in f and "node_z" in f else None
-    cosmology = [float(f[k]) if k in f else np.nan
-                 for k in ("hlittle", "OMb", "SIGMA_8", "POWER_INDEX")]
-    return Found(f, p, None, f["z"].astype(float) if "z" in f else None, history,
-                 int(f["seed"]) if "seed" in f else -1, None, tuple(cosmology), "", [])
+        parameters = np.array([float(f[key]) for key in PARAMETERS])
+    with f.zip.open("image.npy") as header:              # the cube stays packed
+        np.lib.format.read_magic(header)
+        shape = np.lib.format.read_array_header_1_0(header)[0]
+    return {
+        "shape": shape, "image": lambda: f["image"], "parameters": parameters,
+        "z": f["z"].astype(float) if "z" in f else None,
+        "history": (f["node_z"], f["xH"]) if "xH" in f and "node_z" in f else None,
+        "cosmology": [float(f.get(key, np.nan)) for key in COSMOLOGY_KEYS],
+        "seed": int(f.get("seed", -1))}
 
 
 def order_labels(path, name, p):
@@ -315,74 +311,62 @@ def order_labels(path, name, p):
                      f"{p[2]:g} and {p[3]:g}")
 
 
-def h_of(cosmology):
-    """h of a file, the paper's where it does not say."""
-    return HUBBLE if np.isnan(cosmology[0]) else cosmology[0]
+def assumed(cosmology):
+    """A file's h, Omega_b, sigma_8, n_s, and the paper's where it does not say (NaN)."""
+    return tuple(np.where(np.isnan(cosmology), COSMOLOGY, cosmology).tolist())
 
 
-def finish(path, found, bins, want_cube):
-    """What all formats share -> Lightcone: checks, the first bins, forward in time."""
-    shape = image_shape(found.image)
+def finish(path, bins, want_cube, *, shape, image, parameters, history, cosmology, z=None,
+           distances=None, seed=-1, cell_sky=None, options="", notes=(), first=0, spare=0):
+    """What all formats share -> Lightcone: checks, the first bins, forward in time.
+
+    image() is the cube (x, y, t from low z) of this shape, read only if it is wanted; z or
+    distances (t,) Mpc, or neither; history: two arrays, z and x_HI of the nodes. Slices before
+    `first` and the last `spare` are no result."""
     if len(shape) != 3 or shape[0] != shape[1]:
         raise ValueError(f"{path}: wrong axis order: the cube is {' x '.join(map(str, shape))}, "
                          "expected (x, y, t) with a square sky")
-    Om, notes = found.parameters[1], list(found.notes)
-    z = redshifts_of(path, found, shape[2], notes)
-    if bins is None:
-        bins = len(z)
-    if len(z) < bins:
+    Om = parameters[1]
+    if not 0 < Om < 1:
+        raise ValueError(f"{path}: Om = {Om:g}, so the redshifts of the bins cannot be worked out")
+    h = assumed(cosmology)[0]
+    notes = [*notes]
+    if z is None and distances is None:                                       # the L3M release
+        distances = comoving_distance(Z_LOW, Om, h) + CELL * np.arange(shape[2])
+        notes.append("no redshifts in the file: bins of 200/140 Mpc from z = 5")
+    if z is None:
+        z = redshift_at(distances, Om, h)
+    check_redshifts(path, z, shape[2])
+    z = z[first:shape[2] - spare][:bins]
+    if bins and len(z) < bins:
         raise ValueError(f"{path}: {len(z)} line-of-sight bins, fewer than --bins {bins}")
-    z = z[:bins]
-    steps = np.diff(comoving_distance(z, Om, h_of(found.cosmology)))
+    steps = np.diff(comoving_distance(z, Om, h))
     if not len(steps) or steps.max() > 1.1 * steps.min():
         raise ValueError(f"{path}: the bins are not equal steps of comoving distance")
-    cell_los = float(steps.mean())
-    history = clean_history(found.history, notes)
+    history = clean_history(history, notes)
     if history is None:
         notes.append("no ionisation history: passes the filter unfiltered")
     elif z[0] < history[0, -1] - 0.02:
         raise ValueError(f"{path}: {np.sum(z < history[0, -1])} slices lie below the last node of "
                          f"its history (z = {history[0, -1]:.2f}): they were not simulated")
-    about_cosmology(found, notes)
+    notes += about_cosmology(cosmology, options)
     cube = None
     if want_cube:
-        image = found.image if isinstance(found.image, h5py.Dataset) else found.image["image"]
-        cube = image[:, :, found.first:found.first + bins]
-        cube = np.moveaxis(cube, 2, 0)[::-1]               # (X, Y, t from low z) -> (T, X, Y)
+        cube = np.moveaxis(image()[:, :, first:first + len(z)], 2, 0)[::-1]           # (T, X, Y)
         cube = np.ascontiguousarray(cube, dtype=np.float32)
         check_cube(path, cube, z[::-1], history)
-    cell_sky = cell_los if found.cell_sky is None else float(found.cell_sky)
-    return Lightcone(cube, found.parameters, z[::-1], history, found.seed, shape[0], cell_sky,
-                     cell_los, found.cosmology, found.options, notes)
+    cell_los = float(steps.mean())
+    return Lightcone(cube, parameters, z[::-1], history, seed, shape[0], cell_sky or cell_los,
+                     cell_los, tuple(cosmology), options, notes)
 
 
-def image_shape(image):
-    """Shape of the cube; of an .npz from the header inside the zip, without unpacking it."""
-    if isinstance(image, h5py.Dataset):
-        return image.shape
-    with image.zip.open("image.npy") as f:
-        if np.lib.format.read_magic(f) == (1, 0):
-            return np.lib.format.read_array_header_1_0(f)[0]
-        return np.lib.format.read_array_header_2_0(f)[0]
-
-
-def redshifts_of(path, found, slices, notes):
-    """Rising redshifts of the slices that are a result, by the file's own cosmology."""
-    Om, z = found.parameters[1], found.z
-    if not 0 < Om < 1:
-        raise ValueError(f"{path}: Om = {Om:g}, so the redshifts of the bins cannot be worked out")
-    distances = found.distances
-    if z is None and distances is None:                                       # the L3M release
-        distances = comoving_distance(Z_LOW, Om, h_of(found.cosmology)) + CELL * np.arange(slices)
-        notes.append("no redshifts in the file: bins of 200/140 Mpc from z = 5")
-    if z is None:
-        z = redshift_at(distances, Om, h_of(found.cosmology))
+def check_redshifts(path, z, slices):
+    """ValueError if z is not one rising redshift a slice."""
     if z.shape != (slices,):
         raise ValueError(f"{path}: {z.size} redshifts for {slices} line-of-sight bins")
     if not np.all(np.diff(z) > 0):
         raise ValueError(f"{path}: wrong axis order: redshift must rise along t (reverse the cube "
                          "and z together)")
-    return z[found.first:slices - found.spare]
 
 
 def clean_history(history, notes):
@@ -402,18 +386,20 @@ def clean_history(history, notes):
     return history[:, np.argsort(-history[0])]
 
 
-def about_cosmology(found, notes):
-    """Notes on the options and on the cosmology, where they are unknown or not the paper's."""
-    unknown, other = [], []
-    for name, value, paper in zip(COSMOLOGY_NAMES, found.cosmology, COSMOLOGY):
-        if np.isnan(value):
-            unknown.append(name)
-        elif abs(value / paper - 1) > 0.002:
-            other.append(f"{name} {value:g} (the paper's {paper:g})")
+def about_cosmology(cosmology, options):
+    """Notes on the cosmology and the options, where they are unknown or not the paper's."""
+    compared = list(zip(COSMOLOGY_NAMES, cosmology, COSMOLOGY))
+    unknown = [name for name, value, _ in compared if np.isnan(value)]
+    other = [f"{name} {value:g} (the paper's {paper:g})" for name, value, paper in compared
+             if abs(value / paper - 1) > 0.002]                               # False for NaN
+    notes = []
     if unknown:
         notes.append(f"does not say {', '.join(unknown)}: the paper's assumed")
-    if other or found.options:
-        notes.append("not as in the paper: " + ", ".join([*other, found.options]).strip(", "))
+    if options:
+        other.append(options)
+    if other:
+        notes.append(f"not as in the paper: {', '.join(other)}")
+    return notes
 
 
 def check_cube(path, cube, z, history):
@@ -440,8 +426,8 @@ def history_summary(lightcone):
         return np.nan, np.nan
     z, x_hi = lightcone.history
     z_end = lightcone.redshifts[-1]
-    h, Ob, _, _ = np.where(np.isnan(lightcone.cosmology), COSMOLOGY, lightcone.cosmology)
-    tau = optical_depth(z, x_hi, lightcone.parameters[1], z_end, h, Ob)
+    h, Omega_b, *_ = assumed(lightcone.cosmology)
+    tau = optical_depth(z, x_hi, lightcone.parameters[1], z_end, h, Omega_b)
     return tau, float(np.interp(z_end, z[::-1], x_hi[::-1]))
 
 
@@ -455,14 +441,15 @@ class Setting(NamedTuple):
     z_low: float
     cell_sky: float
     cell_los: float
-    cosmology: tuple
+    cosmology: tuple                # as the redshifts were worked out: no NaN
     options: str
 
 
 def setting_of(lightcone):
     """The Setting of a Lightcone."""
     return Setting(len(lightcone.redshifts), lightcone.sky, float(lightcone.redshifts[-1]),
-                   lightcone.cell_sky, lightcone.cell_los, lightcone.cosmology, lightcone.options)
+                   lightcone.cell_sky, lightcone.cell_los, assumed(lightcone.cosmology),
+                   lightcone.options)
 
 
 def difference(a, b):
@@ -473,13 +460,12 @@ def difference(a, b):
         return f"{a.bins} slices, the store has {b.bins}"
     if abs(a.z_low - b.z_low) > 0.05:
         return f"starts at z = {a.z_low:.2f}, the store at {b.z_low:.2f}"
-    for mine, theirs, where in ((a.cell_sky, b.cell_sky, ""),
-                                (a.cell_los, b.cell_los, " along the line of sight")):
-        if abs(mine / theirs - 1) > 0.02:
-            return f"cells of {mine:.4g} Mpc{where}, the store's {theirs:.4g}"
-    for name, mine, theirs, paper in zip(COSMOLOGY_NAMES, a.cosmology, b.cosmology, COSMOLOGY):
-        mine = paper if np.isnan(mine) else mine           # as the redshifts were worked out
-        theirs = paper if np.isnan(theirs) else theirs
+    if abs(a.cell_sky / b.cell_sky - 1) > 0.02:
+        return f"cells of {a.cell_sky:.4g} Mpc, the store's {b.cell_sky:.4g}"
+    if abs(a.cell_los / b.cell_los - 1) > 0.02:
+        return (f"cells of {a.cell_los:.4g} Mpc along the line of sight, the store's "
+                f"{b.cell_los:.4g}")
+    for name, mine, theirs in zip(COSMOLOGY_NAMES, a.cosmology, b.cosmology):
         if abs(mine / theirs - 1) > 0.002:
             return f"made with {name} = {mine:g}, the store with {theirs:g}"
     if a.options != b.options:
@@ -508,13 +494,13 @@ def make_row(lightcone, source, tau_sigma=5.0, max_x_hi=0.1):
         nodes = lightcone.history.shape[1]
         kept = np.linspace(0, nodes - 1, min(nodes, HISTORY)).round().astype(int)    # thinned
         history[:, :len(kept)] = lightcone.history[:, kept]
-    alive = np.flatnonzero(cube.any(axis=(1, 2)))
+    alive = np.flatnonzero(cube.any(axis=(1, 2))).tolist()
     return {
         "brightness_temp": cube, "global_signal": cube.mean(axis=(1, 2), dtype=np.float32),
-        "redshifts": np.asarray(lightcone.redshifts, np.float32), "history": history,
-        "parameters": np.asarray(lightcone.parameters, float), "tau": tau, "x_hi_end": x_hi_end,
+        "redshifts": lightcone.redshifts.astype(np.float32), "history": history,
+        "parameters": lightcone.parameters, "tau": tau, "x_hi_end": x_hi_end,
         "passed": not filter_reason(tau, x_hi_end, tau_sigma, max_x_hi),
-        "signal_end": int(alive[-1]) + 1 if len(alive) else 0, "seed": lightcone.seed,
+        "signal_end": max(alive, default=-1) + 1, "seed": lightcone.seed,
         "cell_sky": lightcone.cell_sky, "cell_los": lightcone.cell_los,
         "z_low": float(lightcone.redshifts[-1]), "cosmology": lightcone.cosmology,
         "options": lightcone.options, "source": str(source)}
@@ -525,45 +511,53 @@ SCALARS = ("tau", "x_hi_end", "passed", "signal_end", "seed", "cell_sky", "cell_
 
 
 def save_row(store, name, row):
-    """Add a lightcone (of `make_row`) to a store; one that is there already is left as it is.
+    """Add a lightcone (of `make_row`) to a store -> whether it was not there already.
 
     HDF5 makes the file in memory: at a full disk it crashes, where a plain write raises."""
     path = Path(store) / f"{name}.h5"
     if path.exists():
-        return
-    content, about = io.BytesIO(), dict(row)
+        return False
+    content = io.BytesIO()
+    about = dict(row)
     with h5py.File(content, "w") as f:
         for key in DATASETS:
             f[key] = about.pop(key)
         f.attrs["about"] = json.dumps(about, default=lambda number: number.tolist())
     with writing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
+    return True
 
 
 def read_row(path, signals):
-    """The file of a lightcone without its cube -> dict, with `setting` and the cube's `offset`."""
+    """The file of a lightcone without its cube -> its Setting, and a dict of all else, with the
+    `offset` of the cube in the file."""
     with reading(path, "delete it and make it again"), h5py.File(path, "r", locking=False) as f:
         if "brightness_temp" not in f or "about" not in f.attrs:
             raise ValueError(f"{path}: is not a lightcone of a store, so it cannot lie in one; "
                              "`python data_lightcone.py convert` adds lightcone files to a store")
-        cube, row = f["brightness_temp"], json.loads(f.attrs["about"])
+        cube = f["brightness_temp"]
+        row = json.loads(f.attrs["about"])
         row["offset"] = cube.id.get_offset()             # None: packed by somebody else's program
         if row["offset"] is None or cube.dtype != "<f2":
             raise ValueError("the cube is not one run of float16")
-        shapes = {**dict.fromkeys(SCALARS, ()), "parameters": (6,), "cosmology": (4,)}
         if signals:
             row |= {key: f[key][:] for key in DATASETS[1:]}
-            shapes |= {"global_signal": (len(cube),), "redshifts": (len(cube),),
-                       "history": (2, HISTORY)}
-        for key, shape in shapes.items():
-            value = np.asarray(row[key])
-            if value.shape != shape or value.dtype.kind not in "bif":
-                raise ValueError(f"{key} is not {shape} numbers")
-        if min(row["cell_sky"], row["cell_los"]) <= 0:
-            raise ValueError("its cells have no size")
-        row["setting"] = Setting(cube.shape[0], cube.shape[1], row["z_low"], row["cell_sky"],
-                                 row["cell_los"], tuple(row["cosmology"]), row["options"])
-    return row
+        check_row(row, len(cube))
+        return Setting(cube.shape[0], cube.shape[1], row["z_low"], row["cell_sky"], row["cell_los"],
+                       assumed(row["cosmology"]), row["options"]), row
+
+
+def check_row(row, T):
+    """ValueError if what is read from a lightcone's file is not of the kind that was written."""
+    shapes = {"parameters": (6,), "cosmology": (4,), "global_signal": (T,), "redshifts": (T,),
+              "history": (2, HISTORY)}
+    for key in row.keys() - {"source", "options"}:
+        value = np.asarray(row[key])
+        shape = shapes.get(key, ())
+        if value.shape != shape or value.dtype.kind not in "bif":
+            raise ValueError(f"{key} is not {shape} numbers")
+    if min(row["cell_sky"], row["cell_los"]) <= 0:
+        raise ValueError("its cells have no size")
 
 
 class Store:
@@ -573,14 +567,17 @@ class Store:
     (N, 4); with `signals` redshifts and global_signal (N, T), history (N, 2, 128). The same for
     all: T, sky, cell_sky, cell_los (Mpc), setting."""
 
-    def __init__(self, path, names, rows):
-        self.path, self.names = path, names
-        self.setting = rows[0]["setting"]
-        self.T, self.sky = self.setting.bins, self.setting.sky
-        self.cell_sky, self.cell_los = self.setting.cell_sky, self.setting.cell_los
-        for key in {*rows[0]} - {*Setting._fields, "setting"} | {"cosmology", "options"}:
+    def __init__(self, path, names, rows, setting):
+        for key in rows[0]:
             setattr(self, key, np.array([row[key] for row in rows]))
+        self.path = path
+        self.names = names
         self.index = {name: i for i, name in enumerate(names)}
+        self.setting = setting
+        self.T = setting.bins
+        self.sky = setting.sky
+        self.cell_sky = setting.cell_sky
+        self.cell_los = setting.cell_los
 
     def slices(self, name, start, stop):
         """Slices [start, stop) of a lightcone: (n, X, X) float16 mK. One read of a run of bytes:
@@ -607,27 +604,29 @@ def read_store(path, signals=True):
     if not files:
         raise ValueError(f"{path}: no such store, or an empty one; make one with "
                          "`python data_lightcone.py simulate` or `convert`")
-    rows = [read_row(file, signals) for file in files]
-    for file, row in zip(files, rows):
-        why = difference(row["setting"], rows[0]["setting"])
+    settings, rows = zip(*(read_row(file, signals) for file in files))
+    for file, setting in zip(files, settings):
+        why = difference(setting, settings[0])
         if why:
             raise ValueError(f"{path}: {file.name} and {files[0].name} cannot be in one store "
                              f"({file.name}: {why}): move one kind into another directory")
-    return Store(path, [file.stem for file in files], rows)
+    return Store(path, [file.stem for file in files], rows, settings[0])
+
+
+def store_at(out):
+    """The Store to add to, without its signals; None where there is none yet."""
+    return read_store(out, signals=False) if out.is_file() or any(out.glob("*.h5")) else None
 
 
 def open_for_adding(out, size):
-    """Make the directory of a store, remove what killed processes left half-written, and see that
-    `size` bytes more have room. OSError if not."""
-    out = Path(out)
-    if out.is_file():
-        read_store(out)                                                # says what is wrong
+    """Make the directory of a store, remove what killed processes of this machine left half-written
+    (of another machine after a day), and see that `size` bytes more have room. OSError if not."""
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(".*.tmp"):
-        ours, _, pid = path.stem.rpartition("-")              # .NAME.h5.HOST-PID.tmp
+        ours, _, pid = path.stem.rpartition("-")                      # .NAME.h5.HOST-PID.tmp
         ended = ours.endswith(f".{platform.node()}") and not is_running(int(pid))
         with contextlib.suppress(FileNotFoundError):                  # another job cleans up, too
-            old = time.time() - path.stat().st_mtime > 86400          # (left by another machine)
+            old = time.time() - path.stat().st_mtime > 86400
             if old or ended:
                 path.unlink()
     free = shutil.disk_usage(out).free
@@ -643,7 +642,7 @@ def is_running(pid):
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass                                                          # another user's
     return True
 
 
@@ -654,76 +653,75 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
     """Read lightcone files into the store `out`; returns a list of dicts, one a file: status kept /
     there / dropped / skipped, and why.
 
-    A first pass reads everything but the cubes, decides, and estimates size and time; the second
-    copies cube after cube. Files that are in the store already are left alone, so an interrupted
-    conversion is continued by the same command. One simulation in two files is taken once, or it
-    could stand in both the training and the test set."""
+    A first pass reads everything but the cubes and decides; the second copies cube after cube.
+    Files that are in the store already are left alone, so an interrupted conversion is continued by
+    the same command. One simulation in two files is taken once, or it could stand in both the
+    training and the test set."""
     out = Path(out)
-    sources, setting = {}, None                                       # {NAME: file that it is from}
-    if out.is_file() or list(out.glob("*.h5")):
-        store = read_store(out, signals=False)
-        sources, setting = dict(zip(store.names, store.source)), store.setting
-        if setting.bins != bins:
-            raise ValueError(f"{out} holds lightcones of {setting.bins} bins: give --bins "
-                             f"{setting.bins}, or another --out")
-    report, jobs = [], []                                             # jobs: (entry, Setting)
+    store = store_at(out)
+    if store and bins != store.T:
+        raise ValueError(f"{out} holds lightcones of {store.T} bins: give --bins {store.T}, or "
+                         "another --out")
+    sources = dict(zip(store.names, store.source)) if store else {}   # {NAME: file that it is from}
+    report = []
+    jobs = []                                                         # (entry, Setting)
     for path in tqdm(files, desc="looking", unit="file", disable=len(files) < 100):
-        path = Path(os.path.realpath(path))
-        entry = {"file": str(path), "status": "skipped", "reason": "", "notes": []}
+        entry = {"file": os.path.realpath(path), "status": "skipped", "reason": "", "notes": []}
         report.append(entry)
-        try:
-            lightcone = read_lightcone(path, bins, cube=False)
-            if look(entry, lightcone, sources, tau_sigma, max_x_hi):
-                jobs.append((entry, setting_of(lightcone)))
-        except (ValueError, OSError) as e:
-            entry["reason"] = str(e).removeprefix(f"{path}: ")
+        lightcone = try_to_read(entry, bins, cube=False)
+        if lightcone and look(entry, lightcone, sources, tau_sigma, max_x_hi):
+            jobs.append((entry, setting_of(lightcone)))
 
-    setting = setting or commonest([s for _, s in jobs])
+    setting = store.setting if store else commonest([own for _, own in jobs])
     for entry, own in jobs:
         entry["reason"] = difference(own, setting)
     jobs = [entry for entry, _ in jobs if not entry["reason"]]
     if not jobs:
         return report
     size = len(jobs) * bins * setting.sky**2 * 2
-    to_read = sum(Path(entry["file"]).stat().st_size for entry in jobs)
-    print(f"{len(jobs)} lightcones of {setting.sky} x {setting.sky} x {bins}: "
-          f"{to_read / 1e9:.3g} GB to read, {size / 1e9:.3g} GB to write into {out}, "
-          f"about {(to_read + size) / 40e6 / 60:.1f} minutes at 40 MB/s")
+    print(f"{len(jobs)} lightcones of {setting.sky} x {setting.sky} x {bins}, {size / 1e9:.3g} GB, "
+          f"to write into {out}")
     open_for_adding(out, size)
     for entry in tqdm(jobs, desc="converting", unit="lightcone"):
-        path = entry["file"]
-        try:
-            lightcone = read_lightcone(path, bins)
-        except ValueError as e:
-            entry["reason"] = str(e).removeprefix(f"{path}: ")
+        lightcone = try_to_read(entry, bins, cube=True)
+        if lightcone is None:
             continue
-        row = make_row(lightcone, path, tau_sigma, max_x_hi)
-        name = name_of(lightcone.seed, lightcone.parameters, row["brightness_temp"].shape[:2],
+        row = make_row(lightcone, entry["file"], tau_sigma, max_x_hi)
+        name = name_of(lightcone.seed, lightcone.parameters, (bins, lightcone.sky),
                        content=row["brightness_temp"])
-        if (out / f"{name}.h5").exists():                             # added since the first look
-            entry["reason"] = "the same simulation is in the store already"
-        else:
-            save_row(out, name, row)
+        if save_row(out, name, row):
             entry["status"] = "kept"
+        else:                                                         # added since the first look
+            entry["reason"] = "the same simulation is in the store already"
     return report
+
+
+def try_to_read(entry, bins, cube):
+    """The Lightcone of a file in the report, or None and in its `entry` the reason."""
+    try:
+        return read_lightcone(entry["file"], bins, cube)
+    except ValueError as e:
+        entry["reason"] = str(e).removeprefix(f"{entry['file']}: ")
+        return None
 
 
 def look(entry, lightcone, sources, tau_sigma, max_x_hi):
     """Fill in a file's `entry` in the report; whether it is to be converted. `sources` is
     {NAME: file} of what is in the store or about to be."""
     tau, x_hi_end = history_summary(lightcone)
-    entry.update(parameters=dict(zip(PARAMETERS, lightcone.parameters.tolist())),
-                 sky=lightcone.sky, seed=lightcone.seed, tau=tau, x_hi_end=x_hi_end,
-                 notes=lightcone.notes)
+    entry.update(parameters=dict(zip(PARAMETERS, map(or_none, lightcone.parameters))),
+                 tau=or_none(tau), x_hi_end=or_none(x_hi_end), sky=lightcone.sky,
+                 seed=lightcone.seed, notes=lightcone.notes)
     for name, value, (low, high) in zip(PARAMETERS, lightcone.parameters, PRIORS):
         if value < low or value > high:
-            entry["reason"] = (f"{name} = {value:g} lies outside the prior, {low:g} to {high:g}")
+            entry["reason"] = f"{name} = {value:g} lies outside the prior, {low:g} to {high:g}"
             return False
-    file, name = entry["file"], entry["file"]                        # unknown seed: once a file
+    file = entry["file"]
+    name = file                                                       # unknown seed: once a file
     if lightcone.seed >= 0:
         name = name_of(lightcone.seed, lightcone.parameters,
                        (len(lightcone.redshifts), lightcone.sky))
-    if sources.get(name) == file or file in sources.values():
+    if file in sources.values():
         entry.update(status="there", reason="in the store already")
     elif name in sources:
         entry["reason"] = f"same seed and parameters as {Path(sources[name]).name}"
@@ -735,51 +733,38 @@ def look(entry, lightcone, sources, tau_sigma, max_x_hi):
     return False
 
 
+def or_none(value):
+    """A number for JSON, which knows no NaN: None."""
+    return None if np.isnan(value) else float(value)
+
+
 def commonest(settings):
     """The Setting that most of these agree with; None of none."""
-    kinds = []                                                        # [Setting, how many]
+    counts = {}
     for setting in settings:
-        for kind in kinds:
-            if not difference(setting, kind[0]):
-                kind[1] += 1
-                break
-        else:
-            kinds.append([setting, 1])
-    return max(kinds, key=lambda kind: kind[1], default=[None])[0]
-
-
-def without_nan(value):
-    """The same with None for NaN, which JSON does not have: dicts, lists and numbers."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if value != value else value
+        kind = next((k for k in counts if not difference(setting, k)), setting)
+        counts[kind] = counts.get(kind, 0) + 1
+    return max(counts, key=counts.get, default=None)
 
 
 def print_report(report):
     """The table of a conversion: every file that was not taken, and all of them if they fit a
     screen or two."""
-    widths = ("7.2f", "7.3f", "7.2f", "7.0f", "7.2f", "7.1f", "7.3f", "7.3f")
-    print(f"{'file':22} {'status':8} {'m_WDM':>7} {'Om':>7} {'log L_X':>7} {'E_0':>7} "
-          f"{'log T_v':>7} {'zeta':>7} {'tau':>7} {'x_HI':>7}  remarks")
+    columns = " ".join(f"{name:>11}" for name in (*PARAMETERS, "tau", "x_HI"))
+    print(f"{'file':22} {'status':8} {columns}  remarks")
     counts = dict.fromkeys(("kept", "there", "dropped", "skipped"), 0)
-    unfiltered = unknown = 0
     for entry in report:
-        status, cells = entry["status"], []
+        status = entry["status"]
         counts[status] += 1
+        values = []
         if "parameters" in entry:
             values = [*entry["parameters"].values(), entry["tau"], entry["x_hi_end"]]
-            cells = ["unknown" if np.isnan(v) else f"{v:{w}}" for v, w in zip(values, widths)]
-            unfiltered += bool(np.isnan(entry["tau"]))
-            unknown += status in ("kept", "there") and bool(np.isnan(values[:6]).any())
         if len(report) <= 100 or status in ("dropped", "skipped"):
+            columns = " ".join("    unknown" if v is None else f"{v:11.4g}" for v in values)
             remarks = "; ".join([entry["reason"], *entry["notes"]]).strip("; ")
-            print(f"{Path(entry['file']).name:22} {status:8} {' '.join(cells):63}  {remarks}")
+            print(f"{Path(entry['file']).name:22} {status:8} {columns:95}  {remarks}")
     print(f"{len(report)} files: {counts['kept']} kept, {counts['there']} in the store already, "
-          f"{counts['dropped']} dropped by the filter, {counts['skipped']} skipped; {unfiltered} "
-          f"without ionisation history (unfiltered), {unknown} in the store with a parameter "
-          "unknown (not for training)")
+          f"{counts['dropped']} dropped by the filter, {counts['skipped']} skipped")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -792,7 +777,10 @@ IONISING_REACH = 15.0                              # Mpc: how far an ionising ph
 def matter_power(k, Om):
     """Linear P(k) of cold dark matter (k in 1/Mpc), not normalised: the spectrum without wiggles of
     Eisenstein & Hu, astro-ph/9709112, eq. 26 to 31."""
-    theta, w, wb, fb = 2.7255 / 2.7, Om * HUBBLE**2, OMEGA_B * HUBBLE**2, OMEGA_B / Om
+    theta = 2.7255 / 2.7
+    w = Om * HUBBLE**2
+    wb = OMEGA_B * HUBBLE**2
+    fb = OMEGA_B / Om
     sound = 44.5 * np.log(9.83 / w) / np.sqrt(1 + 10 * wb**0.75)
     alpha = 1 - 0.328 * np.log(431 * w) * fb + 0.38 * np.log(22.3 * w) * fb**2
     q = k * theta**2 / (w * (alpha + (1 - alpha) / (1 + (0.43 * k * sound) ** 4)))
@@ -967,7 +955,8 @@ def simulate_fast(parameters, seed, sky=28, bins=470, box=200.0):
     is what comes out, from E_0 to 2 keV) E_0 leaves hardly a mark on the global signal, and there
     would be nothing to regress."""
     m_wdm, Om, log_lx, e_0, log_tvir, zeta = map(float, parameters)
-    depth, side = BINS * CELL / bins, box / sky               # of a cell, Mpc: line of sight, sky
+    depth = BINS * CELL / bins                # Mpc: of a cell along the line of sight
+    side = box / sky                          # and on the sky
     z = redshift_at(comoving_distance(Z_LOW, Om) + depth * np.arange(bins), Om)       # (T,) rising
     early = np.geomspace(1 + z[0], 46, 100) - 1       # (Z,) mean histories are on this, to z = 45
 
@@ -1021,7 +1010,7 @@ def simulate_fast(parameters, seed, sky=28, bins=470, box=200.0):
     T_b = column(scale) * x_hi * one_plus_delta * (1 - T_cmb / T_s) + 0.0            # mK; no -0.0
     groups = np.array_split(np.arange(bins), min(47, bins))
     history = [[z[g].mean(), x_hi[g[0]:g[-1] + 1].mean()] for g in groups[::-1]]
-    return Lightcone(T_b.flip(0).numpy(), np.asarray(parameters, float), z[::-1],
+    return Lightcone(T_b.flip(0).numpy(), np.array([*parameters], float), z[::-1],
                      np.array(history).T, -1, sky, side, depth, COSMOLOGY, "", [])
 
 
@@ -1041,12 +1030,11 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
     """Draw n sets of parameters and add the lightcone of each to the store `out`; returns a dict of
     counts. Run again, it continues where it stopped.
 
-    What a simulator could not do is a line of JSON in OUT/failures.jsonl, with parameters and
-    reason (delete it to try those again): a gap in the prior that a user of the store should know
-    of. Rows with extreme histories are there, but not `passed`."""
+    What a simulator could not do is in OUT/NAME.failed.json, with parameters and reason (delete it
+    to try again): a gap in the prior that a user of the store should know of. Rows with extreme
+    histories are there, but not `passed`."""
     out = Path(out)
     fast = backend == "fast"
-    cell_los = BINS * CELL / bins if fast else box / sky
     maker = "fast simulator (semi-numerical stand-in, not 21cmFAST)"
     if not fast:
         maker = f"21cmFAST {version_21cmfast(python)}, step {step:g}"
@@ -1054,25 +1042,27 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
         raise ValueError(f"a box of {box:g} Mpc and {sky} x {sky} cells cannot be filled: at least "
                          f"{2 * IONISING_REACH:g} Mpc, where the largest ionised spheres fit, and "
                          "cells of at least 0.5 Mpc, which hold haloes")
-    if out.is_file() or list(out.glob("*.h5")):
-        why = difference(Setting(bins, sky, Z_LOW, box / sky, cell_los, COSMOLOGY, ""),
-                         read_store(out, signals=False).setting)
+    store = store_at(out)
+    if store:
+        cell_los = BINS * CELL / bins if fast else box / sky
+        setting = Setting(bins, sky, Z_LOW, box / sky, cell_los, COSMOLOGY, "")
+        why = difference(setting, store.setting)
         if why:
             raise ValueError(f"{out}: {why}: choose another --out, or the same --bins and --box")
     jobs = []
+    native = Path(keep or out / "native").absolute()
     for i, parameters in enumerate(draw_parameters(n, seed)):
         number = seed * 1_000_000 + i + 1
-        name = name_of(number, parameters, (bins, sky), "fast" if fast else "")
         jobs.append({
-            "name": name, "draw": i, "parameters": parameters.tolist(), "random_seed": number,
-            "sky": sky, "bins": bins, "box": box, "step": step, "fast": fast, "seed": seed,
-            "python": python, "out": str(out), "keep": bool(keep),
-            "native": str(Path(keep or out / "native").absolute()),
+            "name": name_of(number, parameters, (bins, sky), "fast" if fast else ""),
             "source": f"{maker}, box {box:g} Mpc, seed {seed}, draw {i}",
-            "tau_sigma": tau_sigma, "max_x_hi": max_x_hi})
-    failed = read_failures(out)
-    todo = [job for job in jobs
-            if job["name"] not in failed and not (out / f"{job['name']}.h5").exists()]
+            "parameters": dict(zip(PARAMETERS, parameters.tolist())), "random_seed": number,
+            "rng": [seed, i], "fast": fast, "sky": sky, "bins": bins, "box": box, "step": step,
+            "file": str(native / f"lightcone_{number}_{sky}_{box:g}Mpc_step{step:g}.h5"),
+            "keep": bool(keep), "python": python, "out": str(out), "tau_sigma": tau_sigma,
+            "max_x_hi": max_x_hi})
+    done = {path.name.partition(".")[0] for path in out.glob("*.*")}
+    todo = [job for job in jobs if job["name"] not in done]
     size = len(todo) * bins * sky**2 * 2
     print(f"{n} lightcones of {sky} x {sky} x {bins} asked for, {len(todo)} to simulate: "
           f"{size / 1e9:.3g} GB in {out}")
@@ -1080,63 +1070,34 @@ def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1
     failures = 0
     results = run_jobs(todo, workers or os.cpu_count())
     try:
-        for job, reason in tqdm(results, "simulating", len(todo), unit="lightcone"):
-            if reason:
+        for failure in tqdm(results, "simulating", len(todo), unit="lightcone"):
+            if failure:
                 failures += 1
-                tqdm.write(f"draw {job['draw']} failed: {reason}", file=sys.stderr)
-                add_failure(out, job, reason)
+                tqdm.write(failure, file=sys.stderr)
     finally:
         open_for_adding(out, 0)                             # what a killed worker left half-written
-    store = read_store(out, signals=False) if list(out.glob("*.h5")) else None
-    return {"asked": n, "there_before": len(jobs) - len(todo), "simulated": len(todo) - failures,
-            "failed_now": failures, "rows_in_store": len(store.names) if store else 0,
-            "rows_passed": int(store.passed.sum()) if store else 0}
-
-
-def read_failures(out):
-    """Names of the lightcones that failed before. A line that a full disk or a kill cut short is
-    as if it were not there: that draw is tried again."""
-    names = set()
-    path = out / "failures.jsonl"
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                names.add(json.loads(line)["name"])
-    return names
-
-
-def add_failure(out, job, reason):
-    """Append to OUT/failures.jsonl, in one write: lines of several jobs do not mix."""
-    line = {"name": job["name"], "source": job["source"], "random_seed": job["random_seed"],
-            "parameters": dict(zip(PARAMETERS, job["parameters"])), "reason": reason}
-    path = out / "failures.jsonl"
-    try:
-        with open(path, "ab", buffering=0) as f:
-            f.write((json.dumps(line) + "\n").encode())
-    except OSError as e:
-        raise OSError(f"{path}: {e.strerror}; the lightcones so far are whole") from e
+    store = store_at(out)
+    passed = store.passed if store else []
+    return {"asked": n, "there_before": n - len(todo), "simulated": len(todo) - failures,
+            "failed_now": failures, "rows_in_store": len(passed), "rows_passed": int(sum(passed))}
 
 
 def run_jobs(jobs, workers):
-    """Do the jobs in `workers` processes; yields (job, "" or why it failed) as they finish."""
-    if not jobs:
-        return
-    before = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"),
-                               initializer=end_with_parent)
-    try:
-        for future in as_completed([pool.submit(do_job, job) for job in jobs]):
-            yield future.result()
-    except BrokenExecutor:
-        raise OSError("a simulating process was killed (out of memory?): the lightcones so far are "
-                      "in the store, the same command continues") from None
-    except BaseException:
-        for process in multiprocessing.active_children():
-            if process not in before:
+    """Do the jobs in `workers` processes; yields what `do_job` returns as they finish."""
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))),
+                               multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    with pool:
+        try:
+            for future in as_completed([pool.submit(do_job, job) for job in jobs]):
+                yield future.result()
+        except BrokenExecutor:
+            raise OSError("a simulating process was killed (out of memory?): the lightcones so far "
+                          "are in the store, the same command continues") from None
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - set(others):
                 process.kill()                              # do not wait for hours of simulation
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+            raise
 
 
 def end_with_parent():
@@ -1151,45 +1112,42 @@ def end_with_parent():
 
 
 def do_job(job):
-    """In a worker: simulate one lightcone and add it to the store -> (job, "" or the reason)."""
-    if (Path(job["out"]) / f"{job['name']}.h5").exists():           # another command has done it
-        return job, ""
-    if job["fast"]:
-        lightcone = simulate_fast(job["parameters"], [job["seed"], job["draw"]], job["sky"],
-                                  job["bins"], job["box"])
-        lightcone = lightcone._replace(seed=job["random_seed"])
-    else:
-        file = Path(job["native"]) / (f"lightcone_{job['random_seed']}_{job['sky']}_"
-                                      f"{job['box']:g}Mpc_step{job['step']:g}.h5")
-        reason = "" if file.exists() else run_21cmfast({**job, "file": str(file)})
-        if reason:
-            return job, reason
-        try:
-            lightcone = read_lightcone(file, job["bins"])
-        except ValueError as e:                                     # hours of work: it stays
-            return job, str(e)
-    row = make_row(lightcone, job["source"], job["tau_sigma"], job["max_x_hi"])
-    save_row(job["out"], job["name"], row)
-    if not job["fast"] and not job["keep"]:
-        file.unlink()
-    return job, ""
+    """In a worker: simulate one lightcone and add it to the store -> "", or why it failed."""
+    out = Path(job["out"])
+    if (out / f"{job['name']}.h5").exists():                # another command has done it
+        return ""
+    try:
+        if job["fast"]:
+            lightcone = simulate_fast(job["parameters"].values(), job["rng"], job["sky"],
+                                      job["bins"], job["box"])
+        else:
+            lightcone = run_21cmfast(job)
+    except ValueError as e:
+        with writing(out / f"{job['name']}.failed.json") as temporary:
+            temporary.write_text(json.dumps({**job, "reason": str(e)}, indent=1))
+        return f"{job['source']} failed: {e}"
+    row = make_row(lightcone._replace(seed=job["random_seed"]), job["source"], job["tau_sigma"],
+                   job["max_x_hi"])
+    save_row(out, job["name"], row)
+    if not job["keep"]:
+        Path(job["file"]).unlink(missing_ok=True)
+    return ""
 
 
 def version_21cmfast(python):
     """The version that this interpreter has; OSError if it has none."""
     code = "import py21cmfast; print(py21cmfast.__version__)"
     try:
-        probe = subprocess.run([python, "-c", code], capture_output=True, text=True)
-        why = last_line(probe.stderr) if probe.returncode else ""
-    except OSError as e:
-        why = str(e)
-    if why:
+        probe = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = last_line(getattr(e, "stderr", str(e)))
         raise OSError(f"no 21cmFAST for {python} ({why}): install it as the README says, name the "
-                      "Python that has it with --python, or use --backend fast")
+                      "Python that has it with --python, or use --backend fast") from None
     version = probe.stdout.split()[-1]
-    note = "" if version < "4" else (" has no warm dark matter: m_WDM will be unknown (NaN), and "
-                                     "these lightcones not for training")
-    print(f"21cmFAST {version}{note}")
+    print(f"21cmFAST {version}")
+    if version >= "4":
+        print("it has no warm dark matter: m_WDM will be unknown (NaN), and these lightcones not "
+              "for training")
     return version
 
 
@@ -1199,15 +1157,20 @@ def last_line(text):
 
 
 def run_21cmfast(job):
-    """One lightcone by 21cmFAST into job["file"], in a process of its own -> "" or why not."""
-    Path(job["file"]).parent.mkdir(parents=True, exist_ok=True)
-    code = inspect.getsource(main_21cmfast) + "\nmain_21cmfast()"
-    child = subprocess.run([job["python"], "-c", code, json.dumps(job)], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, text=True, errors="replace",
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if child.returncode < 0:
-        return f"killed by {signal.Signals(-child.returncode).name}"
-    return last_line(child.stderr) if child.returncode else ""
+    """The Lightcone of 21cmFAST in job["file"], which a process of its own makes if it is not there
+    (hours of work: one that cannot be read stays). ValueError if that fails."""
+    file = Path(job["file"])
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        code = inspect.getsource(main_21cmfast) + "\nmain_21cmfast()"
+        child = subprocess.run([job["python"], "-c", code, json.dumps(job)], text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if child.returncode < 0:
+            raise ValueError(f"killed by {signal.Signals(-child.returncode).name}")
+        if child.returncode:
+            raise ValueError(last_line(child.stderr))
+    return read_lightcone(file, job["bins"])
 
 
 def main_21cmfast():
@@ -1221,7 +1184,7 @@ def main_21cmfast():
         ctypes.CDLL(None).prctl(1, 9)                       # PR_SET_PDEATHSIG: end with the parent
     import py21cmfast as p21c
     job = json.loads(sys.argv[1])
-    m_wdm, Om, log_lx, e_0, log_tvir, zeta = job["parameters"]
+    m_wdm, Om, log_lx, e_0, log_tvir, zeta = job["parameters"].values()
     grid = {"HII_DIM": job["sky"], "BOX_LEN": job["box"]}
     astro = {"HII_EFF_FACTOR": zeta, "ION_Tvir_MIN": log_tvir, "L_X": log_lx, "NU_X_THRESH": e_0,
              "R_BUBBLE_MAX": min(15.0, 0.325 * job["box"])}
@@ -1268,20 +1231,19 @@ def divide(names, experiment, seed):
     Regression: 3800 / 960 / 250 train / validation / test from 5,010 on (what is beyond is left
     out), else 0.76 / 0.19 / 0.05. Generation: 250 for the test from 2,500 on, else 5%; of the rest
     0.9 / 0.1. At least one of each."""
-    n, train = len(names), len(names)
-    if experiment == "regression" and n >= 5010:
-        test, validation, train = 250, 960, 3800
-    elif experiment == "regression":
-        test, validation = max(1, round(0.05 * n)), max(1, round(0.19 * n))
-    else:
-        test = 250 if n >= 2500 else max(1, round(0.05 * n))
-        validation = max(1, round(0.1 * (n - test)))
-    order = np.random.default_rng(seed).permutation(n)
-    held = test + validation
-    rows = {"train": order[held:held + train], "validation": order[test:held],
-            "test": order[:test]}
+    n = len(names)
+    large = n >= (5010 if experiment == "regression" else 2500)
+    test = 250 if large else max(1, round(0.05 * n))
+    validation = max(1, round(0.1 * (n - test)))
+    train = n
+    if experiment == "regression":
+        validation = 960 if large else max(1, round(0.19 * n))
+        train = 3800 if large else n
     ordered = sorted(names)
-    return {split: [ordered[i] for i in np.sort(rows[split])] for split in SPLITS}
+    drawn = [ordered[i] for i in np.random.default_rng(seed).permutation(n)]
+    held = test + validation
+    return {"train": sorted(drawn[held:held + train]), "validation": sorted(drawn[test:held]),
+            "test": sorted(drawn[:test])}
 
 
 def usable(parameters, passed, where):
@@ -1291,10 +1253,10 @@ def usable(parameters, passed, where):
     extreme = ~passed & ~unknown & ~outside
     rows = np.flatnonzero(~unknown & ~outside & ~extreme)
     note = f"{where}: {len(rows)} of {len(parameters)} lightcones usable"
-    reasons = {"with a parameter unknown": unknown, "outside the priors": outside,
-               "with an extreme history": extreme}
-    left_out = [f"{rows.sum()} {why}" for why, rows in reasons.items() if rows.any()]
-    return rows, "; left out: ".join([note, ", ".join(left_out)] if left_out else [note])
+    if len(rows) < len(parameters):
+        note += (f"; left out: {unknown.sum()} with a parameter unknown, {outside.sum()} outside "
+                 f"the priors, {extreme.sum()} with an extreme history")
+    return rows, note
 
 
 def split_table(table, path, experiment, seed, names=None):
@@ -1330,30 +1292,24 @@ class Signals(NamedTuple):
 
 def read_signals(path):
     """A store, or an .npz of signals, as a table with names, parameters, passed, global_signal."""
-    if not Path(path).is_file():
+    if Path(path).suffix != ".npz":
         return read_store(path)
-    with open(path, "rb") as f:
-        if f.read(2) != b"PK":
-            return read_store(path)                                    # says what is wrong
     with reading(path, "signals are arrays signal (N, T) and the six parameters (N,)"):
         with np.load(path, allow_pickle=False) as f:
-            arrays = {k: f[k] for k in ("signal", *PARAMETERS, "seed", "xH", "node_z") if k in f}
-        missing = [k for k in ("signal", *PARAMETERS) if k not in arrays]
-        if missing:
-            raise ValueError(f"{path}: lacks {', '.join(missing)}")
+            keys = ("signal", *PARAMETERS, "seed", "xH", "node_z")
+            arrays = {key: f[key] for key in keys if key in f}
         signal = arrays["signal"].astype(float)[:, ::-1]
-        parameters = np.stack([arrays[k] for k in PARAMETERS], axis=1).astype(float)
-        if parameters.shape != (len(signal), 6):
-            raise ValueError(f"{len(signal)} signals and parameters of {parameters.shape}")
+        parameters = np.stack([arrays[key] for key in PARAMETERS], axis=1).astype(float)
+        n = len(signal)
+        seeds = arrays.get("seed", np.full(n, -1)).astype(int)
+        histories = arrays.get("xH", np.empty((n, 0)))
+        for what, rows in (("parameters", parameters), ("seeds", seeds), ("histories", histories)):
+            if len(rows) != n:
+                raise ValueError(f"{len(rows)} {what} for {n} signals")
         if np.nanmax(np.abs(signal), initial=0) < 0.5:
             raise ValueError("no signal is above 0.5 mK: are they in kelvin?")
-        seeds = arrays.get("seed", np.full(len(signal), -1)).astype(int)
-        passed = np.ones(len(signal), bool)
-        histories = arrays["xH"] if "xH" in arrays and "node_z" in arrays else None
-        for what, rows in (("histories", histories), ("seeds", seeds)):
-            if rows is not None and len(rows) != len(signal):
-                raise ValueError(f"{len(rows)} {what} for {len(signal)} signals")
-        for i in range(len(signal) if histories is not None else 0):
+        passed = np.ones(n, bool)
+        for i in range(n if histories.size else 0):
             history = clean_history((arrays["node_z"], histories[i]), [])
             if history is not None:
                 z, x_hi = history
@@ -1361,8 +1317,8 @@ def read_signals(path):
                 passed[i] = not filter_reason(tau, x_hi[-1])
         names = [name_of(seed, p, signal.shape[1:], content=row)
                  for seed, p, row in zip(seeds, parameters, signal)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{len(names) - len(set(names))} signals are there twice")
+        if len(set(names)) < n:
+            raise ValueError(f"{n - len(set(names))} signals are there twice")
     return Signals(names, parameters, passed, signal)
 
 
@@ -1383,24 +1339,23 @@ class GlobalSignals:
         self.names = self.split_names[split]
         index = {name: i for i, name in enumerate(table.names)}
 
-        def signals_of(split):
-            """(n, T) -> (n, tokens)"""
-            signal = table.global_signal[[index[name] for name in self.split_names[split]]]
+        def signals_of(names):
+            """(n, T) -> (n, tokens) mK"""
+            signal = table.global_signal[[index[name] for name in names]].astype(float)
             n, T = signal.shape
             if T % tokens:
                 raise ValueError(f"{path}: {T} bins cannot be averaged into {tokens} equal groups")
-            nan = ~np.isfinite(signal).all(axis=1)
-            if nan.any():
-                raise ValueError(f"{path}: NaN in the signal of {nan.sum()} lightcones")
-            return signal.astype(float).reshape(n, tokens, T // tokens).mean(axis=2)
+            if not np.isfinite(signal).all():
+                raise ValueError(f"{path}: NaN in the signal of a lightcone")
+            return signal.reshape(n, tokens, -1).mean(axis=2)
 
         if norm is None:
-            values = signals_of("train")
+            values = signals_of(self.split_names["train"])
             norm = values.mean(), values.std()
         self.norm = float(norm[0]), float(norm[1])
         if not self.norm[1] > 0:
             raise ValueError(f"{path}: all signals are the same number, which cannot be normalised")
-        normalised = (signals_of(split) - self.norm[0]) / self.norm[1]
+        normalised = (signals_of(self.names) - self.norm[0]) / self.norm[1]
         self.signals = torch.from_numpy(normalised.astype(np.float32))
         parameters = to_unit(table.parameters[[index[name] for name in self.names]])
         self.parameters = torch.from_numpy(parameters.astype(np.float32))
@@ -1441,75 +1396,74 @@ class SubLightcones(torch.utils.data.Dataset):
         self.T, self.sky = self.store.T, self.store.sky
         self.split_names, self.note = split_table(self.store, path, "generation", seed, names)
         self.names = self.split_names[split]
-        self.path, self.split, self.seed = path, split, seed
+        self.path = path
+        self.split = split
+        self.seed = seed
         self.parameters = to_unit(self.store.parameters).astype(np.float32)        # (N, 6)
-        rows = [self.store.index[name] for name in self.names]
-        # (n,) slices after trimming; (n + 1,) number of each lightcone's first chunk
-        self.length = np.minimum(self.store.signal_end[rows] + 2 * CHUNK, self.T)
-        chunks = np.maximum(self.length - CHUNK + STEP, 0) // STEP
-        if split == "test":
-            chunks += self.length - chunks * STEP >= 3
-        self.first = np.concatenate([[0], np.cumsum(chunks)])
-        if self.first[-1] == 0:
+        signal_end = self.store.signal_end[[self.store.index[name] for name in self.names]]
+        self.length = np.minimum(signal_end + 2 * CHUNK, self.T)     # (n,) slices after trimming
+        least = 3 if split == "test" else CHUNK
+        self.chunks = np.array([(n, start) for n, length in enumerate(self.length)
+                                for start in range(0, length - least + 1, STEP)])
+        if not len(self.chunks):
             raise ValueError(f"{path}: no chunk of {CHUNK} slices in the {split} part, the "
                              f"lightcones have {self.T}")
 
     def __len__(self):
-        return int(self.first[-1])
+        return len(self.chunks)
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= i < len(self):
-            raise IndexError(i)
         training = self.split == "train"
+        n, start = self.chunks[i].tolist()
         rng = np.random.default_rng([self.seed, epoch if training else 0, i])
-        n = int(np.searchsorted(self.first, i, side="right")) - 1
-        start = (i - self.first[n]) * STEP
-        spare = min(CHUNK, self.length[n] - start) - WINDOW
-        if spare > 0:
-            start += rng.integers(spare + 1)
-        stop = min(start + WINDOW, self.length[n])
-        slices = self.store.slices(self.names[n], int(start), int(stop))
-        if training:
+        end = min(start + CHUNK, int(self.length[n]))
+        start += int(rng.integers(max(0, end - start - WINDOW) + 1))
+        return self.read(self.names[n], start, min(WINDOW, end - start), rng if training else None)
+
+    def read(self, name, start, length, rng=None):
+        """Slices [start, start + length) of a lightcone and their conditions, as above:
+        ((length, X, Y), (7,)); augmented if `rng` is given."""
+        slices = self.store.slices(name, start, start + length)
+        if rng:
             slices = np.roll(slices, rng.integers(self.sky, size=2), axis=(1, 2))
             slices = np.rot90(slices, rng.integers(4), axes=(1, 2))
             if rng.integers(2):
                 slices = slices.transpose(0, 2, 1)
-        return self._item(slices, self.names[n], start)
-
-    def read(self, name, start, length):
-        """Slices [start, start + length) of a lightcone and their conditions, as above:
-        ((length, X, Y), (7,))."""
-        return self._item(self.store.slices(name, start, start + length), name, start)
-
-    def _item(self, slices, name, start):
+        slices = torch.from_numpy(np.ascontiguousarray(slices)).float()
         index = np.float32((start - self.T / 2) / self.T)
         conditions = np.append(self.parameters[self.store.index[name]], index)
-        slices = torch.from_numpy(np.ascontiguousarray(slices)).float()
         return normalise(slices), torch.from_numpy(conditions)
 
     def windows(self):
         """(name, start, length) of consecutive runs of 12 slices through each trimmed lightcone of
         the split, a shorter last one from 3 slices on."""
-        return [(name, start, min(WINDOW, int(length) - start))
-                for name, length in zip(self.names, self.length)
-                for start in range(0, int(length) - 2, WINDOW)]
+        return [(name, start, min(WINDOW, length - start))
+                for name, length in zip(self.names, self.length.tolist())
+                for start in range(0, length - 2, WINDOW)]
 
 
 # ---------------------------------------------------------------------------------------------
 # Inspect
 
 @contextlib.contextmanager
-def figure(path, rows=1, columns=1, **options):
-    """A figure's axes (rows, columns), saved as PATH.png and PATH.pdf. No window system, and no
-    state shared with a notebook."""
-    os.environ["MPLBACKEND"] = "agg"        # a notebook's backend need not exist in this Python
+def figure(name, rows=1, columns=1, size=(7, 4.5), **grid):
+    """Axes to draw on (one, or an array), saved as NAME.png and NAME.pdf at the end.
+
+    size: in inches; grid: what `Figure.subplots` takes. rows = 0 gives the empty Figure itself."""
+    os.environ["MPLBACKEND"] = "agg"                          # a notebook's own is not wanted
+    import matplotlib
     from matplotlib.figure import Figure
-    drawing = Figure(layout="constrained", **options)
-    yield drawing.subplots(rows, columns, squeeze=False)
-    for kind in ("png", "pdf"):
-        with writing(f"{path}.{kind}") as temporary:
-            drawing.savefig(temporary, format=kind, dpi=120)
+    # 42: TrueType in the PDF, which journals ask for
+    with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 9, "axes.titlesize": 10}):
+        drawn = Figure(figsize=size, layout="constrained")
+        yield drawn.subplots(rows, columns, **grid) if rows else drawn
+        for suffix in ("png", "pdf"):
+            content = io.BytesIO()                            # matplotlib trips over a full disk
+            drawn.savefig(content, format=suffix, dpi=200)
+            with writing(f"{name}.{suffix}") as temporary:
+                temporary.write_bytes(content.getvalue())
+            print(f"written: {name}.{suffix}", file=sys.stderr)
 
 
 def eor_colours():
@@ -1530,75 +1484,71 @@ def power_spectrum(slices, cell):
     f = 2 * np.pi * np.fft.fftfreq(X, cell)
     k = np.hypot(f[:, None], f[None, :])
     edges = np.geomspace(f[1] * 0.99, f.max(), min(12, X // 3) + 1)
-    points = []
-    for low, high in zip(edges, edges[1:]):
-        inside = (k >= low) & (k < high)
-        if inside.any():
-            mean_k = k[inside].mean()
-            points.append((mean_k, modes[:, inside].mean() * mean_k**2 / (2 * np.pi)))
-    return np.array(points).T
+    number = np.digitize(k, edges)                                    # of the bin; 0: the mean mode
+    inside = [number == i for i in range(1, len(edges)) if (number == i).any()]
+    mean_k = np.array([k[modes_of].mean() for modes_of in inside])
+    power = np.array([modes[:, modes_of].mean() for modes_of in inside])
+    return mean_k, power * mean_k**2 / (2 * np.pi)
 
 
 def span(values):
     """{"low", "high", "unknown"} of numbers, for a summary."""
     known = values[np.isfinite(values)]
-    low, high = (float(known.min()), float(known.max())) if len(known) else (None, None)
-    return {"low": low, "high": high, "unknown": len(values) - len(known)}
+    return {"low": or_none(min(known, default=np.nan)),
+            "high": or_none(max(known, default=np.nan)), "unknown": len(values) - len(known)}
 
 
 def inspect_store(path, out):
     """Counts of a store as a dict, also in OUT/summary.json; figures signals, lightcones and power
     in the directory `out`."""
-    store, out = read_store(path), Path(out)
+    store = read_store(path)
+    out = Path(out)
     rows, note = usable(store.parameters, store.passed, path)
     disk = sum(file.stat().st_size for file in store.path.glob("*.h5"))
     summary = {
-        "store": str(path), "lightcones": len(store.names), "gigabytes": round(disk / 1e9, 3),
-        "shape": [store.T, store.sky, store.sky], "cell_sky": float(store.cell_sky),
-        "cell_los": float(store.cell_los), "options": store.setting.options, "usable": len(rows),
-        "note": note, "tau": span(store.tau), "x_hi_end": span(store.x_hi_end),
-        "redshift_low_end": span(store.redshifts[:, -1]),
-        "redshift_high_end": span(store.redshifts[:, 0]),
+        "store": str(path), "lightcones": len(store.names), "usable": len(rows), "note": note,
+        "gigabytes": round(disk / 1e9, 3), "shape": [store.T, store.sky, store.sky],
+        **store.setting._asdict(), "z_high": span(store.redshifts[:, 0]), "tau": span(store.tau),
+        "x_hi_end": span(store.x_hi_end),
         "parameters": dict(zip(PARAMETERS, map(span, store.parameters.T)))}
-    shown = rows if len(rows) else np.arange(len(store.names))
-    shown = shown[np.linspace(0, len(shown) - 1, min(12, len(shown))).astype(int)]
-    labels = [", ".join(f"{v:.3g}" for v in p) for p in store.parameters]
-    with figure(out / "signals", figsize=(9, 5)) as axes:
-        for row in shown:
-            axes[0, 0].plot(store.redshifts[row], store.global_signal[row], lw=1, label=labels[row])
-        axes[0, 0].axhline(0, color="k", lw=0.5)
-        axes[0, 0].set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]")
-        axes[0, 0].legend(title=", ".join(PARAMETERS), fontsize=6, title_fontsize=6)
-    draw_sections(store, shown[::3], labels, out)
+    if not len(rows):
+        rows = np.arange(len(store.names))
+    draw_store(store, rows[np.linspace(0, len(rows) - 1, min(12, len(rows))).astype(int)], out)
     with writing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def draw_sections(store, rows, labels, out):
-    """Of each lightcone a section along the line of sight (OUT/lightcones), and the power of its
-    fluctuations on the sky at five redshifts, mean of 20 slices (OUT/power)."""
+def draw_store(store, rows, out):
+    """Global signals of the rows (OUT/signals); of every third a section along the line of sight
+    (OUT/lightcones), and the power of its fluctuations on the sky within 0.25 of five redshifts
+    (OUT/power)."""
+    label = [", ".join(f"{v:.3g}" for v in p) for p in store.parameters]
+    with figure(out / "signals", size=(9, 5)) as ax:
+        for row in rows:
+            ax.plot(store.redshifts[row], store.global_signal[row], lw=1, label=label[row])
+        ax.set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]")
+        ax.legend(title=", ".join(PARAMETERS), fontsize=6, title_fontsize=6)
+    rows = rows[::3]
     cubes = [store.slices(store.names[row], 0, store.T).astype(np.float32) for row in rows]
-    with figure(out / "lightcones", len(rows), figsize=(13, 2.3 * len(rows))) as axes:
-        for a, row, cube in zip(axes[:, 0], rows, cubes):
-            z = store.redshifts[row, ::-1]
-            drawn = a.imshow(cube[::-1, :, 0].T, aspect="auto", cmap=eor_colours(), vmin=-200,
-                             vmax=200, extent=(0, store.T, 0, store.sky * store.cell_sky))
-            ticks = [t for t in (5, 6, 7, 8, 10, 12, 15, 20, 25, 30) if z[0] - 0.05 <= t <= z[-1]]
-            a.set_xticks(np.interp(ticks, z, np.arange(store.T) + 0.5), ticks)
-            a.set(ylabel="sky [Mpc]", title=f"{', '.join(PARAMETERS)}: {labels[row]}")
-        a.set_xlabel("redshift $z$ (bins are equal steps of distance; time runs to the left)")
-        a.figure.colorbar(drawn, ax=axes[:, 0], label="$T_b$ [mK]", extend="both")
-    with figure(out / "power", 1, len(rows), figsize=(3.6 * len(rows), 3.6)) as axes:
-        for a, row, cube in zip(axes[0], rows, cubes):
-            for i, target in enumerate((7, 9, 12, 16, 20)):
-                centre = int(np.argmin(np.abs(store.redshifts[row] - target)))
-                k, power = power_spectrum(cube[max(0, centre - 10):centre + 10], store.cell_sky)
-                if abs(store.redshifts[row, centre] - target) < 0.5 and power.max() > 1e-2:
-                    a.loglog(k, power, color=f"C{i}", label=f"z = {target}")
-            a.set(xlabel=r"$k_\perp$ [Mpc$^{-1}$]", ylabel=r"$k_\perp^2 P / 2\pi$ [mK$^2$]")
-            a.set_title(labels[row], fontsize=7)
-            a.legend(fontsize=7)
+    with figure(out / "lightcones", len(rows), size=(13, 2.3 * len(rows)), squeeze=False) as axes:
+        for ax, row, cube in zip(axes[:, 0], rows, cubes):
+            drawn = ax.imshow(cube[:, :, 0].T, aspect="auto", cmap=eor_colours(), vmin=-200,
+                              vmax=200, extent=(0, store.T, 0, store.sky * store.cell_sky))
+            ticks = np.linspace(0, store.T - 1, 9).astype(int)
+            ax.set_xticks(ticks + 0.5, [f"{z:.1f}" for z in store.redshifts[row, ticks]])
+            ax.set(ylabel="sky [Mpc]", title=f"{', '.join(PARAMETERS)}: {label[row]}")
+        ax.set_xlabel("redshift $z$ (slices are equal steps of distance)")
+        ax.figure.colorbar(drawn, ax=axes, label="$T_b$ [mK]", extend="both")
+    with figure(out / "power", 1, len(rows), (3.6 * len(rows), 3.6), squeeze=False) as axes:
+        for ax, row, cube in zip(axes[0], rows, cubes):
+            for z in (7, 9, 12, 16, 20):
+                near = cube[np.abs(store.redshifts[row] - z) < 0.25]
+                if near.any():
+                    ax.loglog(*power_spectrum(near, store.cell_sky), label=f"z = {z}")
+            ax.set(xlabel=r"$k_\perp$ [Mpc$^{-1}$]", ylabel=r"$k_\perp^2 P / 2\pi$ [mK$^2$]")
+            ax.set_title(label[row], fontsize=7)
+            ax.legend(fontsize=7)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1642,7 +1592,7 @@ def arguments(argv=None):
                        help="a directory; it is added to if it is there")
         p.add_argument("--tau-sigma", type=bounded(float, 0), default=5.0,
                        help=f"filter: optical depth within this many sigma of {TAU} +- {TAU_SIGMA}")
-        p.add_argument("--max-xhi", type=bounded(float, 0, 1), default=0.1,
+        p.add_argument("--max-xhi", dest="max_x_hi", type=bounded(float, 0, 1), default=0.1,
                        help="filter: mean neutral fraction at the low-z end at most this")
     i = commands.add_parser("inspect", help="counts and figures of a store", **how)
     i.add_argument("store", nargs="?", default="data/lightcones")
@@ -1652,28 +1602,25 @@ def arguments(argv=None):
 
 
 def main(argv=None):
-    args = arguments(argv)
-    given = vars(args)
+    options = vars(arguments(argv))
+    command = options.pop("command")
     with one_line("fewer --workers, or a smaller --sky"):
-        if args.command == "convert":
-            report = convert(args.files, args.out, args.bins, args.tau_sigma, args.max_xhi)
+        if command == "simulate":
+            sky, bins = (28, 470) if options["backend"] == "fast" else (140, BINS)
+            print(json.dumps(simulate(**{"sky": sky, "bins": bins, **options}), indent=1))
+        elif command == "inspect":
+            store = options["store"]
+            out = options.get("out", f"out/inspect-{Path(store).name}")
+            print(json.dumps(inspect_store(store, out), indent=1))
+        else:
+            report = convert(**options)
             print_report(report)
             if not any(entry["status"] in ("kept", "there") for entry in report):
                 first = f"{report[0]['file']}: {report[0]['reason']}"
-                raise ValueError(first if len(report) == 1 else
-                                 f"none of the {len(report)} files could be taken; {first}")
-            with writing(Path(args.out) / "convert.json") as temporary:
-                temporary.write_text(json.dumps(without_nan(report), indent=1))
-            return
-        if args.command == "simulate":
-            sky, bins = (28, 470) if args.backend == "fast" else (140, BINS)
-            summary = simulate(args.out, args.n, args.backend, args.seed, given.get("sky", sky),
-                               given.get("bins", bins), args.box, args.step, args.workers,
-                               args.python, given.get("keep"), args.tau_sigma, args.max_xhi)
-        else:
-            out = given.get("out", f"out/inspect-{Path(args.store).name}")
-            summary = inspect_store(args.store, out)
-        print(json.dumps(summary, indent=1))
+                others = f"none of the {len(report)} files could be taken; "
+                raise ValueError(first if len(report) == 1 else others + first)
+            with writing(Path(options["out"]) / "convert.json") as temporary:
+                temporary.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
