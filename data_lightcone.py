@@ -507,7 +507,6 @@ def make_row(lightcone, source, tau_sigma=5.0, max_x_hi=0.1):
 
 
 DATASETS = ("brightness_temp", "global_signal", "redshifts", "history")
-SCALARS = ("tau", "x_hi_end", "passed", "signal_end", "seed", "cell_sky", "cell_los", "z_low")
 
 
 def save_row(store, name, row):
@@ -678,10 +677,7 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
     jobs = [entry for entry, _ in jobs if not entry["reason"]]
     if not jobs:
         return report
-    size = len(jobs) * bins * setting.sky**2 * 2
-    print(f"{len(jobs)} lightcones of {setting.sky} x {setting.sky} x {bins}, {size / 1e9:.3g} GB, "
-          f"to write into {out}")
-    open_for_adding(out, size)
+    open_for_adding(out, len(jobs) * bins * setting.sky**2 * 2)
     for entry in tqdm(jobs, desc="converting", unit="lightcone"):
         lightcone = try_to_read(entry, bins, cube=True)
         if lightcone is None:
@@ -719,8 +715,8 @@ def look(entry, lightcone, sources, tau_sigma, max_x_hi):
     file = entry["file"]
     name = file                                                       # unknown seed: once a file
     if lightcone.seed >= 0:
-        name = name_of(lightcone.seed, lightcone.parameters,
-                       (len(lightcone.redshifts), lightcone.sky))
+        shape = (len(lightcone.redshifts), lightcone.sky)
+        name = name_of(lightcone.seed, lightcone.parameters, shape)
     if file in sources.values():
         entry.update(status="there", reason="in the store already")
     elif name in sources:
@@ -818,7 +814,9 @@ def growth(z, Om):
 def sheth_tormen_fraction(nu):
     """Collapsed fraction above the peak height nu = delta_c / (D sigma): the integral of Sheth &
     Tormen's mass function, with 21cmFAST's constants."""
-    A, a, p = 0.353, 0.73, 0.175
+    A = 0.353
+    a = 0.73
+    p = 0.175
     grid = np.linspace(0, 60, 24001)[1:]
     f = A * np.sqrt(2 * a / np.pi) * (1 + (a * grid**2) ** -p) * np.exp(-a * grid**2 / 2)
     above = np.cumsum(f[::-1])[::-1] * (grid[1] - grid[0])
@@ -1129,8 +1127,8 @@ def do_job(job):
     row = make_row(lightcone._replace(seed=job["random_seed"]), job["source"], job["tau_sigma"],
                    job["max_x_hi"])
     save_row(out, job["name"], row)
-    if not job["keep"]:
-        Path(job["file"]).unlink(missing_ok=True)
+    if not (job["fast"] or job["keep"]):
+        Path(job["file"]).unlink()
     return ""
 
 
@@ -1222,7 +1220,9 @@ def main_21cmfast():
 
 SPLITS = ("train", "validation", "test")
 PUBLISHED_NORM = (-32.5, 65.4)                           # mK; mean and deviation that L3M released
-WINDOW, CHUNK, STEP = 12, 24, 22                         # slices
+WINDOW = 12                                              # slices of a draw
+CHUNK = 24                                               # of the chunk that it is drawn from
+STEP = 22                                                # from one chunk to the next
 
 
 def divide(names, experiment, seed):
@@ -1393,7 +1393,8 @@ class SubLightcones(torch.utils.data.Dataset):
 
     def __init__(self, path, split, *, seed=0, names=None):
         self.store = read_store(path, signals=False)
-        self.T, self.sky = self.store.T, self.store.sky
+        self.T = self.store.T
+        self.sky = self.store.sky
         self.split_names, self.note = split_table(self.store, path, "generation", seed, names)
         self.names = self.split_names[split]
         self.path = path
@@ -1485,9 +1486,9 @@ def power_spectrum(slices, cell):
     k = np.hypot(f[:, None], f[None, :])
     edges = np.geomspace(f[1] * 0.99, f.max(), min(12, X // 3) + 1)
     number = np.digitize(k, edges)                                    # of the bin; 0: the mean mode
-    inside = [number == i for i in range(1, len(edges)) if (number == i).any()]
-    mean_k = np.array([k[modes_of].mean() for modes_of in inside])
-    power = np.array([modes[:, modes_of].mean() for modes_of in inside])
+    rings = [number == i for i in range(1, len(edges)) if (number == i).any()]
+    mean_k = np.array([k[ring].mean() for ring in rings])
+    power = np.array([modes[:, ring].mean() for ring in rings])
     return mean_k, power * mean_k**2 / (2 * np.pi)
 
 
