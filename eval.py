@@ -65,7 +65,6 @@ import bisect
 import contextlib
 import hashlib
 import html
-import io
 import itertools
 import json
 import math
@@ -93,8 +92,9 @@ from connectors import (GIVEN, coverage, gaussian_nll, joint_coverage, load_gene
 import data_arxiv
 from data_arxiv import bounded, lock, one_line, reading, writing
 from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, SYMBOLS, UNITS, GlobalSignals,
-                            SubLightcones, denormalise, eor_colours, name_of as lightcone_name,
-                            normalise, power_spectrum, read_lightcone, read_store, split_names)
+                            SubLightcones, denormalise, eor_colours, figure,
+                            name_of as lightcone_name, normalise, power_spectrum, read_lightcone,
+                            read_store, split_names)
 from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (TOKENIZER_FILES, bos_eos, fetch, generate as generate_text, load_config,
@@ -213,27 +213,6 @@ def read_json(path, otherwise=None):
 
 # -------------------------------------------------------------------------------------------------
 # Figures
-
-
-@contextlib.contextmanager
-def figure(name, rows=1, columns=1, size=(7, 4.5), **grid):
-    """Axes to draw on (one, or an array), saved as NAME.png and NAME.pdf at the end.
-
-    size: in inches; grid: what `Figure.subplots` takes. rows = 0 gives the empty Figure itself."""
-    os.environ["MPLBACKEND"] = "agg"                          # a notebook's own is not wanted
-    import matplotlib
-    from matplotlib.figure import Figure
-    # 42: TrueType in the PDF, which journals ask for
-    with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 9, "axes.titlesize": 10}):
-        drawn = Figure(figsize=size, layout="constrained")
-        yield drawn.subplots(rows, columns, **grid) if rows else drawn
-        for suffix in ("png", "pdf"):
-            content = io.BytesIO()                            # matplotlib trips over a full disk
-            drawn.savefig(content, format=suffix, dpi=200)
-            with writing(f"{name}.{suffix}") as temporary:
-                temporary.write_bytes(content.getvalue())
-            print(f"written: {name}.{suffix}")
-
 
 def style_of(i):
     """Colour and line style of the i-th method."""
