@@ -1508,8 +1508,8 @@ def inspect_store(path, out):
     disk = sum(file.stat().st_size for file in store.path.glob("*.h5"))
     summary = {
         "store": str(path), "lightcones": len(store.names), "usable": len(rows), "note": note,
-        "gigabytes": round(disk / 1e9, 3), "shape": [store.T, store.sky, store.sky],
-        **store.setting._asdict(), "z_high": span(store.redshifts[:, 0]), "tau": span(store.tau),
+        "gigabytes": round(disk / 1e9, 3), **store.setting._asdict(),
+        "z_high": span(store.redshifts[:, 0]), "tau": span(store.tau),
         "x_hi_end": span(store.x_hi_end),
         "parameters": dict(zip(PARAMETERS, map(span, store.parameters.T)))}
     if not len(rows):
@@ -1548,6 +1548,7 @@ def draw_store(store, rows, out):
                 if near.any():
                     ax.loglog(*power_spectrum(near, store.cell_sky), label=f"z = {z}")
             ax.set(xlabel=r"$k_\perp$ [Mpc$^{-1}$]", ylabel=r"$k_\perp^2 P / 2\pi$ [mK$^2$]")
+            ax.xaxis.set_minor_formatter("")
             ax.set_title(label[row], fontsize=7)
             ax.legend(fontsize=7)
 
