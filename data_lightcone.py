@@ -1404,6 +1404,7 @@ class SubLightcones(torch.utils.data.Dataset):
         signal_end = self.store.signal_end[[self.store.index[name] for name in self.names]]
         self.length = np.minimum(signal_end + 2 * CHUNK, self.T)     # (n,) slices after trimming
         least = 3 if split == "test" else CHUNK
+        # (chunks, 2): number of the lightcone in `names`, first slice
         self.chunks = np.array([(n, start) for n, length in enumerate(self.length)
                                 for start in range(0, length - least + 1, STEP)])
         if not len(self.chunks):
