@@ -738,7 +738,11 @@ def read_settings(directory, experiment=None):
         config = json.loads(path.read_text())
         settings = dict(config["settings"])
         was = str(config["directory"])
-        kind = settings.get("experiment", "lm")
+    kind = settings.get("experiment", "lm")
+    if experiment and kind != experiment:
+        command = "perplexity" if kind == "lm" else kind
+        raise ValueError(f"{directory} is another experiment's run: use eval.py {command}")
+    with reading(path, "give the --out of train_lm.py or train_l3m.py"):
         text = str if kind == "lm" else str | None            # L3M: no subset, perhaps no base
         for key in (*PATHS, "subset"):
             if not isinstance(settings.get(key), text):
@@ -746,9 +750,6 @@ def read_settings(directory, experiment=None):
         for split in data_arxiv.SPLITS if "lightcones" in settings else ():
             "".join(settings["lightcones"][split])            # names
         sum(settings.get("norm", ()), 0.0)                    # numbers
-    if experiment and kind != experiment:
-        command = "perplexity" if kind == "lm" else kind
-        raise ValueError(f"{directory} is another experiment's run: use eval.py {command}")
     result = ADAPTER if kind == "lm" else "model.safetensors"
     if experiment and not (directory / result).is_file():
         raise ValueError(f"{directory} has no {result} yet: go on with the training by --resume")
