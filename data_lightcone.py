@@ -1253,10 +1253,10 @@ def usable(parameters, passed, where):
     extreme = ~passed & ~unknown & ~outside
     rows = np.flatnonzero(~unknown & ~outside & ~extreme)
     note = f"{where}: {len(rows)} of {len(parameters)} lightcones usable"
-    if len(rows) < len(parameters):
-        note += (f"; left out: {unknown.sum()} with a parameter unknown, {outside.sum()} outside "
-                 f"the priors, {extreme.sum()} with an extreme history")
-    return rows, note
+    left_out = [f"{left.sum()} {why}" for left, why in [
+        (unknown, "with a parameter unknown"), (outside, "outside the priors"),
+        (extreme, "with an extreme history")] if left.any()]
+    return rows, note + ("; left out: " + ", ".join(left_out) if left_out else "")
 
 
 def split_table(table, path, experiment, seed, names=None):

@@ -332,7 +332,7 @@ def test_refusals(chatty, tiny, signals, undisturbed, tmp_path, capfd):  # noqa:
     unknown = write_signals(tmp_path / "unknown.npz", m_WDM=np.full(40, np.nan))
     assert "with a parameter unknown: at least 3 are needed" in error(data=unknown)
     np.savez(tmp_path / "bare.npz", signal=np.zeros((9, 94)))
-    assert "lacks m_WDM" in error(data=tmp_path / "bare.npz")
+    assert "lacks 'm_WDM'" in error(data=tmp_path / "bare.npz")
     assert "nothing.h5" in error(data=tmp_path / "nothing.h5")
     assert "neither a directory nor a hub id" in error(base="./nowhere")
     assert "is a shape without weights" in error("--init", "pretrained", "--prompt", "minimal", base="smollm2-135m")
