@@ -99,19 +99,6 @@ def arguments(argv=None):
     return args
 
 
-def matrices(text):
-    """The argparse type of --lora -> "qkv", "all" or a list of names."""
-    if text in TARGETS:
-        return text
-    names = text.split(",")
-    for name in names:
-        if name not in TARGETS["all"]:                        # lm_head: the loss passes it by
-            raise argparse.ArgumentTypeError(
-                f"no linear layer is named {name!r} that LoRA could adapt: qkv, all or some of "
-                f"{','.join(TARGETS['all'])}")
-    return names
-
-
 def learning_rate(step, steps, args):
     """Of 0-based `step`: linearly up over ceil(warmup * steps), then a cosine down to --min-lr."""
     warmup = math.ceil(args.warmup * steps)
@@ -217,6 +204,19 @@ def train(args):
 
 
 ADAPTER = "adapter/adapter_model.safetensors"                 # in a run directory
+
+
+def matrices(text):
+    """The argparse type of --lora -> "qkv", "all" or a list of names."""
+    if text in TARGETS:
+        return text
+    names = text.split(",")
+    for name in names:
+        if name not in TARGETS["all"]:                        # lm_head: the loss passes it by
+            raise argparse.ArgumentTypeError(
+                f"no linear layer is named {name!r} that LoRA could adapt: qkv, all or some of "
+                f"{','.join(TARGETS['all'])}")
+    return names
 
 
 def validation_rows(args, rows):
