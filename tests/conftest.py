@@ -1,5 +1,6 @@
 """Shared by all tests: the project on the import path, and the real inputs where they are."""
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ SHARED = ROOT.parent / "shared"          # real inputs, beside the repository; a
 sys.path.insert(0, str(ROOT))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}            # of the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)                                      # beside each other, two at a time
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +28,12 @@ def smollm2(request):
     if not tool.exists():
         pytest.skip("needs ../shared/tools/smollm2.py, which unpacks real weights")
     directory = request.config.cache.mkdir("smollm2")
-    if not (directory / "tokenizer.json").exists():
-        made = subprocess.run([sys.executable, str(tool), str(directory)], capture_output=True, text=True)
-        if made.returncode:
-            pytest.fail(f"smollm2.py could not unpack the weights: {made.stderr[-500:]}")
+    with open(directory.with_suffix(".lock"), "w") as f:                  # another worker may be unpacking
+        fcntl.flock(f, fcntl.LOCK_EX)
+        if not (directory / "tokenizer.json").exists():
+            made = subprocess.run([sys.executable, str(tool), str(directory)], capture_output=True, text=True)
+            if made.returncode:
+                pytest.fail(f"smollm2.py could not unpack the weights: {made.stderr[-500:]}")
     return directory
 
 
