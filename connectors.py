@@ -248,6 +248,21 @@ def trained_parameters(network):
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+def widen(backbone):
+    """A start from which a network trained from scratch soon looks back, in place (ours).
+
+    Matrices N(0, 1/C) keep the size of what they map, where the paper's N(0, 0.02^2) lets it fade
+    in seven blocks. With biases N(0, 1.5^2) of queries and keys, rotated by RoPE, a head looks at
+    some distances more than at others, where without them it looks at all tokens alike."""
+    std = backbone.config.hidden_size**-0.5
+    for layer in backbone.layers:
+        for name, p in layer.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, 0.0, std)
+            elif name.endswith(("q_proj.bias", "k_proj.bias")):
+                nn.init.normal_(p, 0.0, 1.5)
+
+
 def build_backbone(settings, references, pieces, dtype=None):
     """The backbone of a run before training, on the CPU -> Decoder, {words of the prompt: (n, C)},
     fingerprint of the base.
@@ -259,6 +274,8 @@ def build_backbone(settings, references, pieces, dtype=None):
     if init in references:
         backbone = Decoder(replace(references[init], attention_dropout=settings["dropout"]))
         init_weights(backbone)
+        if settings.get("start") == "wide":
+            widen(backbone)
         return backbone, {}, None
     ids = encode_words(settings["base"], pieces)
     stored = getattr(torch, settings["dtype"])
@@ -380,11 +397,13 @@ class Generator(nn.Module):
     """backbone: a Decoder of which `choose_trained` has said what is trained. words: {piece of the
     prompt: (n, C) embeddings}, none for the references. dtype: what the backbone computes in;
     connectors, final norm and velocity network are float32. velocity: width and inner width of that
-    network, where they are not the paper's; velocity_dtype: what it is trained in."""
+    network, where they are not the paper's; velocity_dtype: what it is trained in. carry (not the
+    paper's): the same patch of the slice before is added to the first channel of the condition, so
+    that the backbone need only say what changes."""
     trained = trained_parameters
 
     def __init__(self, backbone, words, patch_size=14, dtype=torch.float32, seed=0, velocity=(),
-                 velocity_dtype=torch.float32):
+                 velocity_dtype=torch.float32, carry=False):
         super().__init__()
         C = backbone.config.hidden_size
         p = patch_size
@@ -399,6 +418,7 @@ class Generator(nn.Module):
         place_prompt(self, pieces, words, (ROW_END, SLICE_END))
         self.velocity = VelocityCNN(2, *velocity)
         self.velocity_dtype = velocity_dtype
+        self.carry = carry
         if not self.index_connector.weight.is_meta:
             connectors = [self.patch_connector, *self.parameter_connectors, self.index_connector,
                           self.output_connector]
@@ -427,9 +447,13 @@ class Generator(nn.Module):
         with torch.autocast(embeds.device.type, self.dtype) if cast else nullcontext():
             return self.backbone(embeds=embeds.to(self.dtype), **context)
 
-    def head(self, hidden):
-        """Hidden states (..., C) -> conditions of the velocity network (..., 2, p, p)."""
-        return self.output_connector(hidden).unflatten(-1, (2, self.p, self.p))
+    def head(self, hidden, before):
+        """Hidden states (..., C), the same patches of the slice before (..., p*p) -> conditions of
+        the velocity network (..., 2, p, p)."""
+        cond = self.output_connector(hidden)
+        if self.carry:
+            cond = cond + F.pad(before, (0, self.p**2))
+        return cond.unflatten(-1, (2, self.p, self.p))
 
     def grid(self, slices):
         """R and K of slices (..., X, Y), and how many tokens each takes."""
@@ -445,8 +469,9 @@ class Generator(nn.Module):
         R, K, per_slice = self.grid(slices)
         s = torch.arange(GIVEN, slices.shape[1])[:, None, None]
         r = torch.arange(R)[:, None]
-        before = P + s * per_slice + r * (K + 1) + torch.arange(K) - 1    # be it a new line
-        return self.head(hidden[:, before.flatten(1).to(hidden.device)])
+        at = P + s * per_slice + r * (K + 1) + torch.arange(K) - 1    # before it: be it a new line
+        before = patch(slices[:, GIVEN - 1:-1], self.p).flatten(2, 3)     # (B, S - 2, R*K, p*p)
+        return self.head(hidden[:, at.flatten(1).to(hidden.device)], before)
 
     def forward(self, slices, conditions, noise=None, t=None):
         """Loss of flow matching, for each lightcone the mean over all patches of slices 3..:
@@ -514,7 +539,7 @@ class Generator(nn.Module):
                 copies = 1
             noise = [torch.randn(R, K, 1, self.p, self.p, generator=draw) for draw in draws]
             noise = torch.stack(noise, dim=2).to(slices)              # (R, K, B*samples, 1, p, p)
-            new, pending = self.draw_slice(hidden[:, 0], cache, noise, solver)
+            new, pending = self.draw_slice(hidden[:, 0], cache, held[:, -1], noise, solver)
             held = torch.cat((held, new[:, None]), dim=1)
             yield new.unflatten(0, (B, samples))
 
@@ -532,18 +557,19 @@ class Generator(nn.Module):
             cache.lengths = cache.lengths.repeat_interleave(copies)
         return hidden.repeat_interleave(copies, dim=0), cache
 
-    def draw_slice(self, hidden, cache, noise, solver):
+    def draw_slice(self, hidden, cache, before, noise, solver):
         """Draw a slice, each patch after those before it: hidden (N, C), the state before the first
-        one, noise (R, K, N, 1, p, p) -> slice (N, X, Y), and its last vectors (N, n, C), which
-        nothing has read yet."""
+        one, `before` (N, X, Y), the slice before, noise (R, K, N, 1, p, p) -> slice (N, X, Y), and
+        its last vectors (N, n, C), which nothing has read yet."""
         rows = []
         pending = None
-        for row_noise in noise:
+        before = patch(before, self.p).movedim(0, 2)                  # (R, K, N, p*p)
+        for row_before, row_noise in zip(before, noise):
             row = []
-            for e in row_noise:
+            for b, e in zip(row_before, row_noise):
                 if pending is not None:
                     hidden = self.hidden(pending, cache=cache, last_only=True)[:, 0]
-                x, _ = sample(self.velocity, self.head(hidden), noise=e, **solver)
+                x, _ = sample(self.velocity, self.head(hidden, b), noise=e, **solver)
                 row.append(x.flatten(1))                              # (N, p*p)
                 pending = self.patch_connector(row[-1])[:, None]
             rows.append(torch.stack(row, dim=1))                      # (N, K, p*p)
@@ -575,10 +601,10 @@ def build_generator(settings, device="cpu", dtype=None):
     """The network of a run before training, in eval mode.
 
     settings: init, base, blocks, tune, rank, patch, seed, dropout, dtype; perhaps velocity, a width
-    and an inner width, and velocity_dtype. What is random depends on
-    the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device. dtype: what
-    the backbone computes in, default settings["dtype"]. Raises ValueError for a base that cannot be
-    loaded or does not know the words of the prompt."""
+    and an inner width, velocity_dtype, carry, and start: "wide" for `widen`. What is random depends
+    on the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device. dtype:
+    what the backbone computes in, default settings["dtype"]. Raises ValueError for a base that
+    cannot be loaded or does not know the words of the prompt."""
     # The velocity network is float32. By default a GPU rounds what its convolutions multiply to 10
     # bits, an error as large as the sampler's tolerance.
     torch.backends.cudnn.allow_tf32 = False
@@ -591,7 +617,8 @@ def build_generator(settings, device="cpu", dtype=None):
         choose_trained(backbone, settings["tune"], settings["rank"], seed_of(seed, 2))
         trained_in = getattr(torch, settings.get("velocity_dtype", "float32"))
         generator = Generator(backbone, words, settings["patch"], computed, seed_of(seed, 1),
-                              settings.get("velocity", ()), trained_in)
+                              settings.get("velocity", ()), trained_in,
+                              settings.get("carry", False))
     generator.settings = settings
     generator.fingerprint = base
     return generator.to(device).eval()
@@ -617,7 +644,8 @@ def load_run(directory, experiment, build, settings, device, dtype):
             raise ValueError(f"there is no {weights.name} yet: go on with --resume")
         dtypes = ("bfloat16", "float32")
         choices = {"init": INITS, "causal": (True, False), "dtype": dtypes,
-                   "velocity_dtype": dtypes}
+                   "velocity_dtype": dtypes, "start": (None, "wide", "paper"),
+                   "carry": (True, False)}
         for name in choices.keys() & settings.keys():
             if settings[name] not in choices[name]:
                 raise ValueError(f"{name} {settings[name]!r} is none of {choices[name]}")

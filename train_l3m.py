@@ -139,6 +139,12 @@ def arguments(argv=None):
     add("--velocity-dtype", choices=["auto", "bfloat16", "float32"], default="float32",
         help="what the velocity network is trained in (sampling and validation: float32); auto: "
              "bfloat16 where it is fast")
+    add("--start", choices=["wide", "paper"],
+        help="of the references' weights. paper: N(0, 0.02^2) and no biases; wide: N(0, 1/hidden "
+             "size), biases of queries and keys N(0, 1.5^2), which learn to look back sooner "
+             "(default: wide)")
+    add("--carry", action="store_true",
+        help="not the paper's: the same patch of the slice before is added to the condition")
     add("--eval-samples", type=bounded(int, 0), default=1024,
         help="sublightcones of a validation; 0: all")
     args = p.parse_args(argv)
@@ -210,6 +216,11 @@ def complete(args, error):
         if reference and (args.blocks or args.tune == "lora"):
             error(f"--init {args.init} is a network of its own, trained whole: it has neither "
                   "--blocks nor --tune lora")
+        if args.start and not reference:
+            error("--start is for the references (--init small or large); a language model starts "
+                  "as its checkpoint, or at random as its kind does")
+        if reference:
+            args.start = args.start or "wide"
         args.tune = args.tune or ("full" if reference else "lora")
         if args.rank and args.tune == "full":
             error("--rank is of the adapters of --tune lora; here all weights are trained")
@@ -234,7 +245,7 @@ def run_settings(args, seed, device, **data):
     if args.experiment == "regress":
         kept += ["prompt", "duplicate", "causal"]
     else:
-        kept += ["tune", "rank", "patch", "velocity", "eval_samples"]
+        kept += ["tune", "rank", "patch", "velocity", "start", "carry", "eval_samples"]
         velocity_dtype = resolve_dtype(args.velocity_dtype, device)
         data["velocity_dtype"] = str(velocity_dtype).removeprefix("torch.")
     settings = {name: getattr(args, name) for name in kept}

@@ -15,7 +15,7 @@ from model import SHAPES, Config, Decoder, init_weights
 TINY = Config("qwen2", 0, 32, 48, 2, 4, 2, 8, 1e-6, 10000.0)
 
 
-def tiny(tune="full", dtype=torch.float32, words=False, **changes):
+def tiny(tune="full", dtype=torch.float32, words=False, carry=False, **changes):
     """A generator whose weights are large enough that everything shows in the output."""
     torch.manual_seed(0)
     backbone = Decoder(replace(TINY, **changes))
@@ -26,7 +26,7 @@ def tiny(tune="full", dtype=torch.float32, words=False, **changes):
     backbone.to(dtype).requires_grad_(False)
     choose_trained(backbone, tune, 2)
     words = {piece: torch.randn(2 + i, 32).to(dtype) for i, piece in enumerate(GENERATION_WORDS)} if words else {}
-    generator = Generator(backbone, words, 7, dtype)
+    generator = Generator(backbone, words, 7, dtype, carry=carry)
     generator.velocity = VelocityCNN(width=8, inner=16, blocks=1)
     for connector in (*generator.parameter_connectors, generator.index_connector, generator.output_connector):
         connector.weight.data *= 20
@@ -185,6 +185,14 @@ def test_each_condition_reaches_the_output():
             token -= 0.5
 
 
+def test_carry_adds_the_patch_of_the_slice_before_to_the_first_channel():
+    slices, conditions = lightcones()
+    with torch.no_grad():
+        added = tiny(carry=True).patch_conditions(slices, conditions) - tiny().patch_conditions(slices, conditions)
+    torch.testing.assert_close(added[:, :, :, 0].flatten(3), patch(slices[:, 1:-1], 7).flatten(2, 3), rtol=1e-4, atol=1e-5)
+    assert not added[:, :, :, 1].any()
+
+
 def test_each_condition_gets_a_gradient():
     generator = tiny()
     generator(*lightcones()).sum().backward()
@@ -233,12 +241,12 @@ def run(generator, context, conditions, n, **kwargs):
     return torch.stack(list(generator.generate(context, conditions, n, **kwargs)), dim=2)       # (B, samples, n, X, Y)
 
 
-@pytest.mark.parametrize("S, window, slide", [(2, 12, 6), (2, 5, 2), (3, 5, 1), (7, 5, 3)])
+@pytest.mark.parametrize("S, window, slide, carry", [(2, 12, 6, False), (2, 5, 2, True), (3, 5, 1, False), (7, 5, 3, True)])
 @pytest.mark.parametrize("method", ["midpoint", "dopri5"])
-def test_cached_equals_teacher_forced_across_slides(S, window, slide, method, monkeypatch):
+def test_cached_equals_teacher_forced_across_slides(S, window, slide, carry, method, monkeypatch):
     """Each generated patch is the one that a pass without a cache over the true window, with its true index, gives."""
     monkeypatch.setattr(connectors, "WINDOW", window)
-    generator, n, (slices, conditions) = tiny(words=True, attention_dropout=0.0), 6, lightcones(2, S)
+    generator, n, (slices, conditions) = tiny(words=True, carry=carry, attention_dropout=0.0), 6, lightcones(2, S)
     got = run(generator, slices, conditions, n, seeds=[11, 12], slide=slide, samples=2, method=method)
     assert got.shape == (2, 2, n, 14, 14) and got.std() > 0.1
     for b, k in ((0, 0), (1, 1)):
@@ -317,6 +325,19 @@ def test_reference_builds_from_its_seed_alone_and_loads(tmp_path):
         torch.testing.assert_close(half.patch_conditions(slices, conditions), generator.patch_conditions(slices, conditions))
 
 
+def test_the_start_of_a_reference():
+    """wide: block matrices N(0, 1/C), biases of queries and keys N(0, 1.5^2), the rest as the paper's N(0, 0.02^2) and zero."""
+    wide, paper = build_generator(SETTINGS | {"start": "wide"}).trained(), build_generator(SETTINGS | {"start": "paper"}).trained()
+    for name, p in paper.items():
+        std = 0.02 if name.endswith("proj.weight") else 0.0
+        if name.startswith("backbone.layers.") and "norm" not in name:
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+            std = 128**-0.5 if name.endswith("weight") else 1.5 if name.endswith(("q_proj.bias", "k_proj.bias")) else 0.0
+            assert wide[name].std().item() == pytest.approx(std, rel=0.05 if p.dim() == 2 else 0.25), name
+        elif not name.startswith("velocity."):
+            assert torch.equal(wide[name], p), name
+
+
 @pytest.mark.parametrize("init, tune", [("pretrained", "lora"), ("random", "lora"), ("pretrained", "full")])
 def test_language_model_backbone(smollm2, tmp_path, init, tune):
     settings = SETTINGS | {"init": init, "tune": tune, "base": str(smollm2), "blocks": 2, "dtype": "bfloat16"}
@@ -346,7 +367,7 @@ def test_bad_runs_end_in_a_sentence(tmp_path):
     write_run(tmp_path, SETTINGS | {"init": "large"}, generator)
     assert "does not fit its backbone (hidden size 256)" in error()
     for name, value in (("init", "other"), ("init", ["small"]), ("dtype", "int8"), ("dtype", None), ("blocks", -3), ("blocks", 10**9), ("blocks", "six"), ("patch", None),
-                        ("patch", 0), ("seed", "zero"), ("seed", -1), ("tune", "none"), ("rank", {}), ("dropout", {})):
+                        ("patch", 0), ("seed", "zero"), ("seed", -1), ("tune", "none"), ("rank", {}), ("dropout", {}), ("start", "far"), ("carry", "no")):
         for init in (SETTINGS, SETTINGS | {"init": "random", "base": "smollm2-135m", "blocks": 1, "tune": "lora"}):
             if (name, init["init"]) in (("rank", "small"), ("dropout", "small"), ("dropout", "random")):
                 continue                                                                        # not used there
