@@ -64,6 +64,9 @@ PRIORS = np.array([[0.3, 10], [0.2, 0.4], [38, 42], [100, 1500], [4.0, 5.3], [10
 SYMBOLS = [r"$m_{\rm WDM}$", r"$\Omega_m$", r"$\log_{10} L_X$", "$E_0$",
            r"$\log_{10} T_{\rm vir}$", r"$\zeta$"]                                   # for figures
 UNITS = ["keV", "", "erg/s/(Msun/yr)", "eV", "K", ""]
+DIGITS = [2, 3, 2, 0, 2, 0]                   # decimals that make sense
+COLOURS = [                                   # Okabe and Ito, colour-blind safe
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 HUBBLE = 0.6766                               # h; this line and three more: Planck 2018, flat LCDM
 OMEGA_B = 0.04897
 SIGMA_8 = 0.8102
@@ -1468,13 +1471,30 @@ def figure(name, rows=1, columns=1, size=(7, 4.5), **grid):
             print(f"written: {name}.{suffix}", file=sys.stderr)
 
 
-def eor_colours():
-    """The colour map of the field for T_b, from 21cmFAST's "EoR": white, yellow, red below zero,
-    black at zero, blue above."""
-    from matplotlib.colors import LinearSegmentedColormap
+def in_words(parameters):
+    """The six parameters in physical units as a line of a figure."""
+    return ", ".join(f"{symbol} = {value:.{digits}f} {unit}".strip() for symbol, value, digits, unit
+                     in zip(SYMBOLS, parameters, DIGITS, UNITS))
+
+
+def eor_colours(T_b):
+    """The colours of the field for T_b in mK, from 21cmFAST's "EoR", as keywords of imshow: white,
+    yellow, red below zero, black at zero, blue above, over the range of all but 0.2% of the
+    values; magenta is above that and grey below."""
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
     stops = [(0, "white"), (0.125, "yellow"), (0.25, "orange"), (0.375, "red"), (0.5, "black"),
              (0.75, "blue"), (1, "cyan")]
-    return LinearSegmentedColormap.from_list("EoR", stops)
+    colours = LinearSegmentedColormap.from_list("EoR", stops)
+    low, high = np.quantile(np.asarray(T_b, np.float32), [0.001, 0.999])
+    return {"norm": TwoSlopeNorm(0, min(low, -20), max(high, 20)), "aspect": "auto",
+            "cmap": colours.with_extremes(under="0.6", over="magenta")}
+
+
+def colour_bar(drawn, axes):
+    """The colour bar of an image in `eor_colours`, beside all axes."""
+    low, high = drawn.get_clim()
+    drawn.figure.colorbar(drawn, ax=axes, label="$T_b$ [mK]", extend="both", aspect=30,
+                          ticks=np.fix([low, low / 2, 0, high]))
 
 
 def power_spectrum(slices, cell):
@@ -1515,7 +1535,7 @@ def inspect_store(path, out):
         "parameters": dict(zip(PARAMETERS, map(span, store.parameters.T)))}
     if not len(rows):
         rows = np.arange(len(store.names))
-    draw_store(store, rows[np.linspace(0, len(rows) - 1, min(12, len(rows))).astype(int)], out)
+    draw_store(store, rows[np.linspace(0, len(rows) - 1, min(7, len(rows))).astype(int)], out)
     with writing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     return summary
@@ -1525,33 +1545,34 @@ def draw_store(store, rows, out):
     """Global signals of the rows (OUT/signals); of every third a section along the line of sight
     (OUT/lightcones), and the power of its fluctuations on the sky within 0.25 of five redshifts
     (OUT/power)."""
-    label = [", ".join(f"{v:.3g}" for v in p) for p in store.parameters]
-    with figure(out / "signals", size=(9, 5)) as ax:
-        for row in rows:
-            ax.plot(store.redshifts[row], store.global_signal[row], lw=1, label=label[row])
+    with figure(out / "signals", size=(7, 5.5)) as ax:
+        for row, colour in zip(rows, COLOURS):
+            ax.plot(store.redshifts[row], store.global_signal[row], lw=1, color=colour,
+                    label=in_words(store.parameters[row]))
         ax.set(xlabel="redshift $z$", ylabel=r"sky mean $\bar T_b$ [mK]")
-        ax.legend(title=", ".join(PARAMETERS), fontsize=6, title_fontsize=6)
+        ax.figure.legend(loc="outside upper center", fontsize=8)
     rows = rows[::3]
     cubes = [store.slices(store.names[row], 0, store.T).astype(np.float32) for row in rows]
+    look = eor_colours(cubes)
     with figure(out / "lightcones", len(rows), size=(13, 2.3 * len(rows)), squeeze=False) as axes:
         for ax, row, cube in zip(axes[:, 0], rows, cubes):
-            drawn = ax.imshow(cube[:, :, 0].T, aspect="auto", cmap=eor_colours(), vmin=-200,
-                              vmax=200, extent=(0, store.T, 0, store.sky * store.cell_sky))
+            drawn = ax.imshow(cube[:, :, 0].T, **look,
+                              extent=(0, store.T, 0, store.sky * store.cell_sky))
             ticks = np.linspace(0, store.T - 1, 9).astype(int)
             ax.set_xticks(ticks + 0.5, [f"{z:.1f}" for z in store.redshifts[row, ticks]])
-            ax.set(ylabel="sky [Mpc]", title=f"{', '.join(PARAMETERS)}: {label[row]}")
+            ax.set(ylabel="sky [Mpc]", title=in_words(store.parameters[row]))
         ax.set_xlabel("redshift $z$ (slices are equal steps of distance)")
-        ax.figure.colorbar(drawn, ax=axes, label="$T_b$ [mK]", extend="both")
-    with figure(out / "power", 1, len(rows), (3.6 * len(rows), 3.6), squeeze=False) as axes:
+        colour_bar(drawn, axes)
+    with figure(out / "power", 1, len(rows), (3.6 * len(rows), 4), squeeze=False) as axes:
         for ax, row, cube in zip(axes[0], rows, cubes):
-            for z in (7, 9, 12, 16, 20):
+            for z, colour in zip((7, 9, 12, 16, 20), COLOURS):
                 near = cube[np.abs(store.redshifts[row] - z) < 0.25]
                 if near.any():
-                    ax.loglog(*power_spectrum(near, store.cell_sky), label=f"z = {z}")
+                    ax.loglog(*power_spectrum(near, store.cell_sky), label=f"z = {z}", color=colour)
             ax.set(xlabel=r"$k_\perp$ [Mpc$^{-1}$]", ylabel=r"$k_\perp^2 P / 2\pi$ [mK$^2$]")
             ax.xaxis.set_minor_formatter("")
-            ax.set_title(label[row], fontsize=7)
-            ax.legend(fontsize=7)
+            ax.set_title(in_words(store.parameters[row]).replace(", $E", ",\n$E"), fontsize=6)
+            ax.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 # ---------------------------------------------------------------------------------------------

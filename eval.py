@@ -91,19 +91,16 @@ from connectors import (GIVEN, coverage, gaussian_nll, joint_coverage, load_gene
                         load_regressor, patch, sample_gaussian, standard_deviation, unpatch)
 import data_arxiv
 from data_arxiv import bounded, lock, one_line, reading, writing
-from data_lightcone import (BINS, CELL, PARAMETERS, PRIORS, SYMBOLS, UNITS, GlobalSignals,
-                            SubLightcones, denormalise, eor_colours, figure,
-                            name_of as lightcone_name, normalise, power_spectrum, read_lightcone,
-                            read_store, split_names)
+from data_lightcone import (BINS, CELL, COLOURS, DIGITS, PARAMETERS, PRIORS, SYMBOLS, UNITS,
+                            GlobalSignals, SubLightcones, colour_bar, denormalise, eor_colours,
+                            figure, in_words, name_of as lightcone_name, normalise,
+                            power_spectrum, read_lightcone, read_store, split_names)
 from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (TOKENIZER_FILES, bos_eos, fetch, generate as generate_text, load_config,
                    load_pretrained, load_tokenizer, new_directory, no_links_out,
                    note as note_once, token_nll)
 from quant import NF4Linear
-
-COLOURS = [                                                   # Okabe and Ito, colour-blind safe
-    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1523,7 +1520,6 @@ def draw_training(methods, x, losses, name, **scales):
 
 # --------------------------------------------- regress: six parameters from the global 21cm signal
 
-DIGITS = [2, 3, 2, 0, 2, 0]                                   # decimals that make sense
 LEVELS = np.linspace(0.05, 0.95, 19)                          # nominal levels of the coverage
 MARKERS = "osD^vP"
 
@@ -2313,17 +2309,12 @@ def draw_slices(methods, truth, z, i, cell, parameters, name):
     above the true ones, below up to two samples of each group. truth (S + n, X, Y) mK, z (S + n,),
     cell in Mpc.
 
-    T_b in the colours of the field, black at zero, over the range of the true slices; magenta is
-    above it and grey below."""
-    from matplotlib.colors import TwoSlopeNorm
+    T_b in the colours of the field over the range of the true slices."""
     shown = [(m["name"], cube) for m in methods[:-1] for cube in m["draws"][i, :2]]
     n = len(shown[0][1])
     S = len(truth) - n
     at = [S - 1, *sorted({S, S + n // 2, S + n - 1})]
-    low, high = np.quantile(truth.astype(np.float32), [0.001, 0.999])
-    scale = TwoSlopeNorm(0, min(low, -20), max(high, 20))
-    look = {"norm": scale, "cmap": eor_colours().with_extremes(under="0.6", over="magenta"),
-            "aspect": "auto"}
+    look = eor_colours(truth)
     with figure(name, len(shown), len(at) + 1, (9, 1.4 + 1.4 * len(shown)), squeeze=False,
                 width_ratios=[1] * len(at) + [2], subplot_kw={"xticks": [], "yticks": []}) as axes:
         for row, (label, cube) in zip(axes, shown):
@@ -2342,11 +2333,8 @@ def draw_slices(methods, truth, z, i, cell, parameters, name):
         ends = [0, S, S + n - 1]
         row[-1].set_xticks(ends, tell_apart(z[ends]))
         row[-1].set_xlabel("redshift (time runs to the right)")
-        values = [f"{symbol} = {v:.{d}f} {unit}".strip()
-                  for symbol, v, d, unit in zip(SYMBOLS, parameters, DIGITS, UNITS)]
-        row[0].figure.suptitle(", ".join(values), fontsize=8)
-        row[0].figure.colorbar(drawn, ax=axes, label="$T_b$ [mK]", extend="both", aspect=30,
-                               ticks=np.fix([scale.vmin, scale.vmin / 2, 0, scale.vmax]))
+        row[0].figure.suptitle(in_words(parameters), fontsize=8)
+        colour_bar(drawn, axes)
 
 
 # -------------------------------------------------------------------------------------------------
