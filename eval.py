@@ -2184,7 +2184,7 @@ def generate(args):
     for i, name in enumerate(names):
         if name in drawn:
             draw_slices(methods, truth[i], z[i], i, store.cell_sky, store.parameters[rows[i]],
-                        f"{out}-slices-{drawn.index(name) + 1}-z{redshifts[i]:g}")
+                        first["patch"], f"{out}-slices-{drawn.index(name) + 1}-z{redshifts[i]:g}")
 
 
 EVOLUTION = ["lag1", "lag5", "edge_jump", "structure_variance", "structure_vs_truth", "mean", "std"]
@@ -2303,11 +2303,11 @@ def tell_apart(values):
     return texts
 
 
-def draw_slices(methods, truth, z, i, cell, parameters, name):
+def draw_slices(methods, truth, z, i, cell, parameters, p, name):
     """One lightcone from one start i: the last given slice, the first, the middle and the last
     generated one, and a section along the line of sight (given slices left of the green line);
-    above the true ones, below up to two samples of each group. truth (S + n, X, Y) mK, z (S + n,),
-    cell in Mpc.
+    above the true ones, below up to two samples of each group, each with lag1 of `evolution`. truth
+    (S + n, X, Y) mK, z (S + n,), cell in Mpc, patches of p x p.
 
     T_b in the colours of the field over the range of the true slices."""
     shown = [(m["name"], cube) for m in methods[:-1] for cube in m["draws"][i, :2]]
@@ -2319,6 +2319,8 @@ def draw_slices(methods, truth, z, i, cell, parameters, name):
                 width_ratios=[1] * len(at) + [2], subplot_kw={"xticks": [], "yticks": []}) as axes:
         for row, (label, cube) in zip(axes, shown):
             cube = np.concatenate((truth[:S], cube)).astype(np.float32)           # (S + n, X, Y)
+            x = normalise(torch.from_numpy(cube))
+            label += f"\nlag1 {evolution(x[:S], x[None, S:], x[S:], p)['lag1']:.2f}"
             for ax, s in zip(row, at):
                 drawn = ax.imshow(cube[s], **look)
                 ax.set_box_aspect(1)
