@@ -694,7 +694,8 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "generation_config.json"]
-MODEL_FILES = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = ["config.json", "adapter_config.json", *TOKENIZER_FILES, "*.safetensors",
+               "*.safetensors.index.json"]
 AGAIN = "get the checkpoint again (only safetensors are read)"
 
 
@@ -774,7 +775,11 @@ def tensor_files(directory):
     """-> {tensor name: open safetensors file} of a single-file or sharded checkpoint.
 
     A single file goes before an index, as in transformers. Raises ValueError for missing or
-    damaged files, for index entries outside the directory and for a name in two shards."""
+    damaged files, for index entries outside the directory, for a name in two shards and for an
+    adapter beside them, which transformers would add."""
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} holds a model and an adapter (adapter_config.json): move "
+                         "one of them into a directory of its own")
     names = ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists() and not (directory / names[0]).exists():

@@ -413,6 +413,9 @@ def test_which_file_counts(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="two.safetensors: a is in another file"):
         load_pretrained(source)
+    (tmp_path / "adapter_config.json").write_text("{}")       # transformers would add it, without a word
+    with pytest.raises(ValueError, match="holds a model and an adapter"):
+        load_pretrained(source)
 
 
 def test_fingerprint(tmp_path):
