@@ -834,9 +834,9 @@ def load_pretrained(source, *, quantize=None, dtype=torch.bfloat16, device="cpu"
     packed = {name.removesuffix(".weight.absmax") for name in files
               if name.endswith(".weight.absmax")}
     tied = config.tie_word_embeddings
-    if tied and "lm_head.weight" in files:          # a head of its own counts, as in transformers
-        tied = torch.equal(*(files[name].get_tensor(name) for name in
-                             ("lm_head.weight", "model.embed_tokens.weight")))
+    ends = ("lm_head.weight", "model.embed_tokens.weight")
+    if tied and files.keys() >= {*ends}:            # a head of its own counts, as in transformers
+        tied = torch.equal(*(files[name].get_tensor(name) for name in ends))
     config = replace(config, num_hidden_layers=blocks or depth, tie_word_embeddings=tied,
                      attention_dropout=attention_dropout)
     with torch.device("meta"):

@@ -394,6 +394,13 @@ def test_tied_with_a_head_of_its_own(tmp_path, differs):
     assert ours.config.tie_word_embeddings is not differs
 
 
+def test_tied_without_embedding(tmp_path):
+    """safetensors' save_model keeps the first by name of two tensors that share their memory: the head."""
+    source = checkpoint(tmp_path, lambda t: {k: v for k, v in t.items() if k != "model.embed_tokens.weight"}, {"tie_word_embeddings": True})
+    with pytest.raises(ValueError, match="model.embed_tokens.weight is missing"):
+        load_pretrained(source)
+
+
 def test_surplus_blocks(tmp_path):
     source = checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 2}))
