@@ -301,7 +301,7 @@ def load_adapter(model, directory):
         for name in layers:
             chosen = matches(name, config["target_modules"])
             chosen = chosen and not matches(name, config.get("exclude_modules"))
-            if chosen and (only is None or int(name.split(".")[2]) in only):
+            if chosen and (not only or int(name.split(".")[2]) in only):
                 rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))
                 alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
                 targets[name] = (rank, alpha)

@@ -147,7 +147,7 @@ def plain(base, directory, **options):
 
 @pytest.mark.parametrize("options", [
     {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3}}, {"layers_to_transform": [1]}, {"layers_to_transform": 0},
-    {"exclude_modules": ["model.layers.0.mlp.up_proj"]}, {"exclude_modules": r".*\.1\..*"}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"},
+    {"layers_to_transform": []}, {"exclude_modules": ["model.layers.0.mlp.up_proj"]}, {"exclude_modules": r".*\.1\..*"}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"},
     {"init_lora_weights": False}, {"target_modules": r".*layers\.[01]\.mlp\.(up|down)_proj"}, {"target_modules": ["q_proj", "not_of_this_model"]}])
 def test_variants_that_are_computed(base, tmp_path, options):
     """Everything that peft writes about them, read and computed as peft does."""
