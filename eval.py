@@ -668,8 +668,9 @@ COMPUTED = {"cls", "max", "mean", "mean_sqrt_len_tokens"}
 # Keys of an encoder's files that are read, or change nothing here; others are refused if set.
 KNOWN = {*POOLINGS, "pooling_mode", "word_embedding_dimension", "embedding_dimension",
          "include_prompt", "max_seq_length", "do_lower_case", "modality_config", "prompts",
-         "module_output_name", "transformer_task", "__version__", "similarity_fn_name",
-         "model_type"}
+         "__version__", "similarity_fn_name"}
+USUAL = {"module_output_name": "token_embeddings", "transformer_task": "feature-extraction",
+         "model_type": "SentenceTransformer"}                  # the one value that is computed
 
 
 @dataclass
@@ -701,13 +702,19 @@ def read_modules(directory):
         weights, pooled = [directory / m["path"] for m in modules[:2]]
         if not all(p.resolve().is_relative_to(directory.resolve()) for p in (weights, pooled)):
             raise ValueError("a path leaves the directory")
-    text = read_json(weights / "sentence_bert_config.json", {})
-    pooling = read_json(pooled / "config.json", {})
+    text = {}
+    pooling = {}
+    if modules is not usual:                                  # without it neither counts
+        pooling = read_json(pooled / "config.json")
+        for path in weights.glob("sentence_*_config.json"):   # bert, roberta, distilbert, ..
+            text = read_json(path)
     own = read_json(directory / "config_sentence_transformers.json", {})
     with reading(directory, "choose another --encoder"):
         for key, value in (text | pooling | own).items():
-            if value and key not in KNOWN:
+            if value and key not in KNOWN and value != USUAL.get(key):
                 raise ValueError(f"it sets {key}, which is not computed here")
+        if (weights / "adapter_config.json").exists():
+            raise ValueError("it holds an adapter, which is not computed here")
         modes = [mode for key, mode in POOLINGS.items() if pooling.get(key)]
         modes = pooling.get("pooling_mode") or modes or ["mean"]
         modes = [modes] if isinstance(modes, str) else modes
@@ -733,15 +740,25 @@ def load_encoder(source, device="cpu"):
         if config.get(key, computed) != computed:
             raise ValueError(f"{directory}/config.json: {key} {config[key]!r} is not computed "
                              "here: choose another --encoder")
+    words = read_json(directory / "tokenizer_config.json", {})
     with reading(directory / "tokenizer.json", "get the encoder again") as path:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(content)
+        rules = json.loads(content)["normalizer"] or {}
+        for key, name in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
+                          ("tokenize_chinese_chars", "handle_chinese_chars")):
+            if words.get(key, rules.get(name)) != rules.get(name):
+                raise ValueError(f"{name} is {rules.get(name)}, but tokenizer_config.json has "
+                                 f"{key} {words[key]}")
+        cut = tokenizer.truncation or {}
         tokenizer.no_padding()
-        tokenizer.encode("a")                                 # some damage shows only here
+        tokenizer.no_truncation()
+        if len(tokenizer.encode("a").ids) < 3:                # some damage shows only here
+            raise ValueError("it puts no [CLS] before a text, or no [SEP] behind it")
         if text.get("do_lower_case"):
             own = [tokenizer.normalizer] if tokenizer.normalizer else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         last = torch.tensor([[max(tokenizer.get_vocab().values())]])
-    words = read_json(directory / "tokenizer_config.json", {})
     with reading(directory / "model.safetensors", "get the encoder again, in safetensors") as path:
         tensors = {name.removeprefix(f"{kind}."): t.float() for name, t in load_file(path).items()}
         for name, t in tensors.items():
@@ -751,7 +768,8 @@ def load_encoder(source, device="cpu"):
         longest = text.get("max_seq_length") or words.get("model_max_length") or room
         if longest < 3:                                       # [CLS], a word, [SEP]
             raise ValueError(f"the longest text is said to be {longest!r} tokens")
-        tokenizer.enable_truncation(int(min(longest, room)))
+        side = words.get("truncation_side") or cut.get("direction", "right")
+        tokenizer.enable_truncation(int(min(longest, room)), direction=side)
         encoder = Encoder(config, tensors, tokenizer, modes, normalised)
         encode_sentences(encoder, last, last >= 0)            # names, shapes, vocabulary fit
     encoder.tensors = {name: t.to(device) for name, t in tensors.items()}

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,7 @@ def test_own_pooling_and_length(tiny_encoder, tmp_path):
     assert len(nano_eval.load_encoder(str(copy)).tokenizer.encode(" ".join(["w1"] * 900)).ids) == (512 if kind == "mpnet" else 514)
     modules("Transformer", "Pooling", "Normalize")
     write("sentence_bert_config.json", {"max_seq_length": 7, "do_lower_case": True})
+    write("1_Pooling/config.json", {})
     encoder = nano_eval.load_encoder(str(copy))
     assert len(encoder.tokenizer.encode(TEXTS[3]).ids) == 7 and encoder.tokenizer.encode("W1 TWO").ids == encoder.tokenizer.encode("w1 two").ids
     with torch.no_grad():
@@ -102,7 +104,7 @@ def test_own_pooling_and_length(tiny_encoder, tmp_path):
     modules("Transformer", "Pooling", "Dense", "Normalize")
     refused("modules.json: Transformer, Pooling, Dense, Normalize")
     modules("Transformer", "Pooling")
-    for config in ({"default_prompt_name": "query", "prompts": {"query": "query: "}}, {"truncate_dim": 8}):
+    for config in ({"default_prompt_name": "query", "prompts": {"query": "query: "}}, {"truncate_dim": 8}, {"model_type": "SparseEncoder"}):
         write("config_sentence_transformers.json", config)
         refused("which is not computed here")
     write("config_sentence_transformers.json", {"prompts": {"query": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"})
@@ -118,6 +120,8 @@ def test_own_pooling_and_length(tiny_encoder, tmp_path):
         change()
         save_file(weights, copy / "model.safetensors")
         refused(sentence)
+    (copy / "1_Pooling" / "config.json").unlink()              # an incomplete copy
+    refused("1_Pooling/config.json: is not there")
     (copy / "modules.json").write_text('[{"type": "x.Transformer", "path": "../.."}, {"type": "x.Pooling", "path": ""}]')
     refused("leaves the directory")
 
@@ -145,6 +149,51 @@ def test_real_minilm(minilm, tmp_path):
     similarity = nano_eval.embed(nano_eval.load_encoder(str(minilm)), texts)
     similarity = similarity @ similarity.T
     assert similarity[0, 1] > 0.5 > 0.3 > similarity[0, 2]
+
+
+def without(x, name):
+    (x / name).unlink()
+
+
+def rename(x, name, new):
+    (x / name).rename(x / new)
+
+
+def edit(x, name, **values):
+    content = json.loads((x / name).read_text())
+    for key, value in values.items():
+        *above, last = key.split("__")
+        inner = content
+        for part in above:
+            inner = inner[part]
+        inner[last] = value
+    (x / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("change", [
+    partial(without, name="modules.json"), partial(rename, name="sentence_bert_config.json", new="sentence_roberta_config.json"),
+    partial(edit, name="tokenizer_config.json", truncation_side="left"), partial(edit, name="tokenizer.json", truncation__direction="Left")])
+def test_settings_against_sentence_transformers(minilm, tmp_path, change):
+    """What decides which tokens are seen, wherever a file keeps it, decides here, too."""
+    from sentence_transformers import SentenceTransformer
+    shutil.copytree(minilm, tmp_path / "encoder")
+    change(tmp_path / "encoder")
+    texts = [" ".join(f"w{i}" for i in range(n)) for n in (400, 40)]
+    ours = torch.nn.functional.normalize(nano_eval.embed(nano_eval.load_encoder(str(tmp_path / "encoder")), texts), dim=1)
+    theirs = torch.tensor(SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(texts, normalize_embeddings=True))
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name, values, said", [
+    ("tokenizer_config.json", {"do_lower_case": False}, "lowercase is True"), ("tokenizer_config.json", {"strip_accents": False}, "strip_accents"),
+    ("tokenizer.json", {"normalizer": None}, "lowercase is None"), ("tokenizer.json", {"post_processor": None}, r"no \[CLS\]"),
+    ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task")])
+def test_files_that_disagree(minilm, tmp_path, name, values, said):
+    """transformers builds BERT's tokenizer from tokenizer_config.json; where tokenizer.json says otherwise, neither is guessed."""
+    shutil.copytree(minilm, tmp_path / "encoder")
+    edit(tmp_path / "encoder", name, **values)
+    with pytest.raises(ValueError, match=said):
+        nano_eval.load_encoder(str(tmp_path / "encoder"))
 
 
 def test_real_pairs(minilm, tmp_path):
