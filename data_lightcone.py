@@ -193,7 +193,8 @@ OTHER_SOURCES = ("USE_MASS_DEPENDENT_ZETA", "USE_MINI_HALOS", "USE_HALO_FIELD")
 PAPER_OPTIONS = {"INHOMO_RECO": (False,), "RECOMB_MODEL": ("none",), "CELL_RECOMB": (False,),
                  "PHOTON_CONS": (False,), "PHOTON_CONS_TYPE": ("no-photoncons",),
                  "POWER_SPECTRUM": (0, "EH"), "HMF": (1, "ST"), "USE_RELATIVE_VELOCITIES": (False,),
-                 "USE_CMB_HEATING": (True,), "USE_LYA_HEATING": (True,)}
+                 "USE_CMB_HEATING": (True,), "USE_LYA_HEATING": (True,), "APPLY_RSDS": (True,),
+                 "SUBCELL_RSD": (False,), "X_RAY_SPEC_INDEX": (1,), "F_STAR10": (-1.3,)}
 
 
 def read_21cmfast(path, f):
@@ -219,6 +220,9 @@ def read_21cmfast(path, f):
     image = f["lightcones/brightness_temp"]
     side = settings["HII_DIM"]
     cell = settings.get("BOX_LEN", settings.get("LOWRES_CELL_SIZE_MPC", 1.5) * side) / side
+    if side != image.shape[0] or not 0 < cell < np.inf:
+        raise ValueError(f"{path}: cells of {cell:g} Mpc, HII_DIM {side}, but the cube is "
+                         f"{image.shape[0]} wide")
     distances = f.get("lightcone_distances", f.get("distances"))                         # v4, v3
     if distances is None:                          # up to 3.3.1: cells are cubes, from `redshift`
         start = comoving_distance(f.attrs["redshift"], parameters[1], assumed(cosmology)[0])

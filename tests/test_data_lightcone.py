@@ -37,13 +37,13 @@ def cube(bins=60, sky=8, seed=0):
 
 
 def write_v3(path, image=None, p_cutoff=True, m_min=False, history=REIONISED_AT_8, nodes=NODES, drop=(), seed=7, z_low=5.0, cell=2.5, los=None, cosmo=None, flags=None,
-             root=None, **changes):
+             root=None, user=None, **changes):
     p, image = {**GOOD, **changes}, cube() if image is None else image
     cosmo = {"hlittle": 0.6766, "OMb": 0.04897, "SIGMA_8": 0.8102, "POWER_INDEX": 0.9665} | (cosmo or {})
     attributes = {"astro_params": {"HII_EFF_FACTOR": p["zeta"], "ION_Tvir_MIN": p["log10_T_vir"], "L_X": p["log10_L_X"], "NU_X_THRESH": p["E_0"]},
                       "cosmo_params": {"OMm": p["Om"]} | cosmo, "_globals": {"M_WDM": p["m_WDM"], "P_CUTOFF": p_cutoff},
                       "flag_options": {"M_MIN_in_Mass": m_min, "USE_TS_FLUCT": True, "USE_MINI_HALOS": False, "INHOMO_RECO": False} | (flags or {}),
-                      "user_params": {"BOX_LEN": cell * image.shape[0], "HII_DIM": image.shape[0]}}
+                      "user_params": {"BOX_LEN": cell * image.shape[0], "HII_DIM": image.shape[0]} | (user or {})}
     with h5py.File(path, "w") as f:
         f.attrs.update({"random_seed": seed, "redshift": z_low} | (root or {}))
         for group, values in attributes.items():
@@ -179,6 +179,8 @@ BAD = {
     "outside the priors": (lambda p: write_v3(p, zeta=300.0), "zeta = 300 lies outside the prior, 10 to 250"),
     "five labels": (lambda p: write_release(p, [3.0, 0.3, 40.0, 500.0, 4.7]), "5 values"),
     "wrong z": (lambda p: write_npz(p, z=redshifts(50)), "50 redshifts for 60"),
+    "cut out of a larger box": (lambda p: write_v3(p, user={"HII_DIM": 16}), "HII_DIM 16, but the cube is 8 wide"),
+    "box of no size": (lambda p: write_v3(p, user={"BOX_LEN": np.nan}), "cells of nan Mpc"),
 }
 
 
@@ -569,9 +571,10 @@ def test_options_that_change_what_a_parameter_means(tmp_path):
         assert reason_of(write_v3(tmp_path / "a", flags={option: True})).startswith(f"lacks zeta: made with {option}")
     assert reason_of(write_v3(tmp_path / "a", cosmo={"wl": -0.9})) == "made with dark energy of w = -0.9, not flat LCDM"
     for write, flags in ((write_v3, {"INHOMO_RECO": True}), (write_v3, {"PHOTON_CONS": True}), (write_v3, {"POWER_SPECTRUM": 2}),
+                         (write_v3, {"APPLY_RSDS": False}), (write_v3, {"X_RAY_SPEC_INDEX": 1.5}), (write_v4, {"F_STAR10": -1.0}),
                          (write_v4, {"RECOMB_MODEL": "homogeneous"}), (write_v4, {"PHOTON_CONS_TYPE": "z-photoncons"}), (write_v4, {"HMF": "PS"})):
         assert f"not as in the paper: {next(iter(flags))}" in known(write(tmp_path / "a", flags=flags))[1]
-    usual = {"RECOMB_MODEL": "none", "POWER_SPECTRUM": "EH", "HMF": "ST", "PHOTON_CONS_TYPE": "no-photoncons"}
+    usual = {"X_RAY_SPEC_INDEX": 1.0, "F_STAR10": -1.3, "RECOMB_MODEL": "none", "POWER_SPECTRUM": "EH", "HMF": "ST", "PHOTON_CONS_TYPE": "no-photoncons"}
     assert "not as in the paper" not in known(write_v4(tmp_path / "a", flags=usual))[1]
 
 
