@@ -421,6 +421,10 @@ def check_cube(path, cube, z, history):
     highest = np.abs(cube).max()
     if highest < 0.5 and neutral.any():                 # no lightcone is so faint: 45 mK at least
         raise ValueError(f"{path}: no voxel is above {highest:.3g} mK: is it in kelvin, or empty?")
+    mean = np.abs(cube.mean(axis=(1, 2))).max()         # the deepest absorption is some -250 mK
+    if mean > 500:
+        raise ValueError(f"{path}: a slice of {mean:.4g} mK on average: is it in another unit, or "
+                         "filled up?")
     dead = ~cube.any(axis=(1, 2)) & neutral
     if history is not None and dead.any():
         raise ValueError(f"{path}: unfinished: {dead.sum()} slices up to z = {z[dead][0]:.1f} are "

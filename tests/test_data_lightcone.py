@@ -168,6 +168,8 @@ BAD = {
     "from high z": (lambda p: write_npz(p, z=redshifts()[::-1]), "wrong axis order: redshift must rise"),
     "uneven": (lambda p: write_npz(p, z=np.linspace(5, 12, 60)), "not equal steps of comoving distance"),
     "in kelvin": (lambda p: write_v3(p, cube() / 1000, history=None), "is it in kelvin"),
+    "in another unit": (lambda p: write_v3(p, cube() * 100), "is it in another unit"),
+    "filled up": (lambda p: write_v3(p, np.where(np.arange(60) > 40, -999, cube())), "a slice of 999 mK on average"),
     "object array": (lambda p: write_npz(p, xH=np.array([None, 1], dtype=object)), "Object arrays cannot be loaded"),
     "two lengths": (lambda p: write_npz(p, xH=REIONISED_AT_8[1:]), "shape"),
     "NaN": (lambda p: write_v3(p, with_nan()), "1 voxels are NaN"),
