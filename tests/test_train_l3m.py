@@ -498,7 +498,7 @@ def test_generation_learns_and_keeps_the_best(generated, store):
     generator = connectors.load_generator(generated)
     settings = generator.settings
     assert settings["experiment"] == "generate" and (settings["T"], settings["sky"], settings["patch"]) == (94, 8, 4)
-    assert {"init", "base", "blocks", "tune", "rank", "seed", "lightcones", "data", "dropout", "dtype"} <= set(settings)
+    assert {"init", "base", "blocks", "tune", "rank", "seed", "lightcones", "data", "dropout", "dtype", "start", "carry"} <= set(settings)
     held = data_lightcone.SubLightcones(settings["data"], "validation", names=settings["lightcones"])
     with torch.no_grad():
         assert generator(*generator.draw(held, [(0, i) for i in range(len(held))])).mean().item() == pytest.approx(min(values), abs=1e-5)
@@ -626,7 +626,7 @@ def test_generation_arguments():
     assert (args.batch_size, args.epochs, args.lr, args.warmup, args.decay, args.dropout, args.tune, args.rank, args.patch) == (64, 20, 5e-5, 1, 2, 0.01, "lora", 2, 14)
     assert train_l3m.CLIP["generate"] == 1.0 and train_l3m.WEIGHT_DECAY == 1e-3
     small = train_l3m.arguments(["generate", "--init", "small"])
-    assert (small.tune, small.rank) == ("full", None)
+    assert (small.tune, small.rank, small.start, small.carry) == ("full", None, "wide", False) and args.start is None
     args.base = "qwen2.5-0.5b"
     for sky, device, expected in ((140, "cuda", 2), (140, "cpu", 1), (28, "cpu", 4)):         # 2,000 patches, 160
         args.micro_batch = None
@@ -650,6 +650,7 @@ def test_generation_refusals(chatty, tiny, store, tmp_path, capfd):  # noqa: F81
     assert "shape without a tokenizer" in error(base="smollm2-135m")
     assert "it has neither --blocks nor --tune lora" in error("--init", "small", "--blocks", "2")
     assert "--rank is of the adapters" in error("--tune", "full", "--rank", "2")
+    assert "--start is for the references" in error("--start", "paper")
     for flag, value in (("--rank", "0"), ("--validate-every", "0"), ("--patch", "1"), ("--patch", "-2"), ("--eval-samples", "-1")):
         assert f"argument {flag}: '{value}' is not a" in error(flag, value)
     config = json.loads((chatty / "config.json").read_text()) | {"max_position_embeddings": 100}
@@ -662,11 +663,13 @@ def test_generation_refusals(chatty, tiny, store, tmp_path, capfd):  # noqa: F81
 def test_generation_demo(tmp_path, monkeypatch, capfd):
     """The demo's path with fewer lightcones and steps; as it is, it takes minutes."""
     simulate, call = data_lightcone.simulate, train_l3m.part
-    monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 20, **how))
+    monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 10, **how | {"bins": 94}))
     monkeypatch.setattr(train_l3m, "part", lambda *command: call(
-        *command, *(["--max-steps", "3", "--eval-samples", "8"] if "--lr" in command else ["--redshifts", "12", "--slices", "2"])))
+        *command, *(["--max-steps", "3", "--eval-samples", "8"] if "--lr" in command else ["--redshifts", "12", "--slices", "2", "--figures", "1"])))
     train_l3m.main(["generate", "--demo", "--out", str(tmp_path / "demo")])
     printed = capfd.readouterr().out
-    for part in ("a stand-in, not 21cmFAST", "2,124,673 trained parameters", "z = 12", "Everything is in"):
+    for part in ("a stand-in, not 21cmFAST", "not the paper's", "trained parameters", "z = 12", "lag1", "Everything is in"):
         assert part in printed
+    settings = settings_of(tmp_path / "demo" / "small")
+    assert settings["carry"] and settings["start"] == "wide" and (settings["T"], settings["sky"]) == (94, 28)
     assert list((tmp_path / "demo" / "small").glob("*slices*.png")) and (tmp_path / "demo" / "small" / "model.safetensors").exists()
