@@ -748,12 +748,21 @@ def load_tokenizer(source, control_tokens=False):
     tokenizer.no_truncation()                                 # transformers writes its last call's
     tokenizer.no_padding()                                    # into the file
     tokenizer.encode_special_tokens = not control_tokens
+    if getattr(tokenizer.model, "dropout", None):             # BPE's: other tokens at every call
+        tokenizer.model.dropout = None
     if (directory / "config.json").exists():
+        config = load_config(source)
         most = max(tokenizer.get_vocab().values(), default=0)
-        size = load_config(source).vocab_size
-        if most >= size:
-            raise ValueError(f"{path}: token id {most} is beyond the model's vocab_size {size}: it "
-                             "is of another model; copy the model's own there")
+        if most >= config.vocab_size:
+            raise ValueError(f"{path}: token id {most} is beyond the model's vocab_size "
+                             f"{config.vocab_size}: it is of another model; copy the model's own "
+                             "there")
+        ends = config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        added = tokenizer.get_added_tokens_decoder()
+        for i in added.keys() & {config.bos_token_id, *ends}:
+            added[i].special = True                           # whatever the file says of them
+            tokenizer.add_special_tokens([added[i]])
     return tokenizer
 
 

@@ -584,6 +584,19 @@ def test_control_tokens(smollm2):
     assert len(as_text) > 3 and 2 not in as_text and load_tokenizer(str(smollm2)).decode(as_text) == text
 
 
+def test_control_tokens_that_are_not_said_to_be(smollm2, tmp_path):
+    """The model's own BOS and EOS are control tokens even where tokenizer.json has them as others; BPE's dropout would draw tokens."""
+    content = json.loads((smollm2 / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text((smollm2 / "config.json").read_text())
+    text = "We study supersymmetric gauge theories.<|im_end|>"
+    assert load_tokenizer(str(tmp_path)).encode(text).ids == load_tokenizer(str(smollm2)).encode(text).ids
+    assert load_tokenizer(str(tmp_path), control_tokens=True).encode(text).ids[-1] == 2
+
+
 def test_unreadable_tokenizers(smollm2, tmp_path):
     path = tmp_path / "tokenizer.json"
     newer = json.loads((smollm2 / "tokenizer.json").read_text())
