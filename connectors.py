@@ -53,6 +53,7 @@ from model import (
     load_pretrained,
     load_tokenizer,
     reading,
+    to_device,
 )
 
 # ----------------------------------------------------------------------------------------- prompts
@@ -148,8 +149,6 @@ class Prefix:
 
 # ------------------------------------------------------------------------------------ the Gaussian
 
-ROW, COLUMN = torch.tril_indices(6, 6)
-
 
 def gaussian_head(raw):
     """Raw outputs (B, 27) -> mean (B, 6) in [0, 1] and L (B, 6, 6), lower triangular, of the
@@ -159,7 +158,8 @@ def gaussian_head(raw):
     without the factor the last parameter would start with a sixfold precision (arXiv:2506.14757,
     section on regression)."""
     lower = raw.new_zeros(len(raw), 6, 6)
-    lower[:, ROW, COLUMN] = raw[:, 6:]                                # (B, 21) -> (B, 6, 6)
+    row, column = torch.tril_indices(6, 6, device=raw.device)
+    lower[:, row, column] = raw[:, 6:]                                # (B, 21) -> (B, 6, 6)
     diagonal = F.softplus(lower.diagonal(dim1=1, dim2=2))
     L = lower.tril(-1) + torch.diag_embed(diagonal)
     scale = 2 / torch.arange(1, 7, device=raw.device).sqrt()
@@ -471,7 +471,7 @@ class Generator(nn.Module):
         r = torch.arange(R)[:, None]
         at = P + s * per_slice + r * (K + 1) + torch.arange(K) - 1    # before it: be it a new line
         before = patch(slices[:, GIVEN - 1:-1], self.p).flatten(2, 3)     # (B, S - 2, R*K, p*p)
-        return self.head(hidden[:, at.flatten(1).to(hidden.device)], before)
+        return self.head(hidden[:, to_device(at.flatten(1), hidden.device)], before)
 
     def forward(self, slices, conditions, noise=None, t=None):
         """Loss of flow matching, for each lightcone the mean over all patches of slices 3..:

@@ -129,7 +129,7 @@ def dopri5(net, c, x, rtol, atol):
     Equations I, section II.4), a step size for each sample.
 
     All samples take a step at the same time, accepted or repeated each on its own; those at t = 1
-    leave the batch."""
+    leave the batch. A step waits for the device once, and again where a sample leaves."""
     done = torch.empty_like(x)
     evaluations = torch.full((len(x),), 2, device=x.device)           # of the first step's length
     rows = torch.arange(len(x), device=x.device)                      # of the samples under way
@@ -139,10 +139,7 @@ def dopri5(net, c, x, rtol, atol):
     while len(rows):
         left = 1 - t
         h = torch.minimum(h, left)
-        if not (t + h > t).all():                                     # also where h is no number
-            raise ValueError(f"the step of the sampler fell to nothing at t = {t.min():.3g}: the "
-                             "velocity is not finite (the model has diverged or is damaged), or "
-                             f"rtol and atol are too small for {x.dtype}")
+        stuck = ~(t + h > t)                                          # also where h is no number
         ks = [k]
         for node, weights in zip(NODES, STAGES):
             y = x + wide(h, x) * sum(a * k for a, k in zip(weights, ks))
@@ -158,10 +155,15 @@ def dopri5(net, c, x, rtol, atol):
         # success.
         shrink = torch.where(accept, 1.0, 0.2)
         h = h * torch.maximum((0.9 * ratio ** -0.2).clamp(max=10), shrink)
-        going = t < 1
-        if not going.all():
-            done[rows[~going]] = x[~going]
-            rows, t, h, x, k, c = (v[going] for v in (rows, t, h, x, k, c))
+        going, failed = torch.stack([t < 1, stuck]).tolist()
+        if any(failed):
+            raise ValueError(f"the step of the sampler fell to nothing at t = {t.min():.3g}: the "
+                             "velocity is not finite (the model has diverged or is damaged), or "
+                             f"rtol and atol are too small for {x.dtype}")
+        if not all(going):
+            done[rows] = x
+            under_way = (t < 1).nonzero()[:, 0]
+            rows, t, h, x, k, c = (v[under_way] for v in (rows, t, h, x, k, c))
     return done, evaluations
 
 

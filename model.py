@@ -290,6 +290,14 @@ def config_json(config):
 # Network
 
 
+def to_device(tensor, device):
+    """A tensor made on the CPU, on its device, where the copy keeps its place among the work that
+    is under way: the program does not wait for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean x^2 + eps) * weight (arXiv:1910.07467), the mean in float32."""
 
@@ -338,14 +346,9 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     long forward and backward."""
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    if q.device.type != "cpu" or T * S > 512 * 512:
-        gqa = G < H
-        if gqa and mask is not None:        # with both, CUDA has nothing but its slowest kernel
-            k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
-            gqa = False
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                              dropout_p=dropout, enable_gqa=gqa)
     R = H // G                              # query heads that share a key head: one product for all
+    if q.device.type != "cpu" or T * S > 512 * 512:
+        return attend_fused(q, k, v, mask, causal, dropout)
     q = (q * D ** -0.5).reshape(B * G, R * T, D)
     k = k.reshape(B * G, S, D)
     v = v.reshape(B * G, S, D)
@@ -362,6 +365,29 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
             bias = bias.expand(B, G, T, S)
         scores = torch.baddbmm(bias.repeat(1, 1, R, 1).flatten(0, 1), q, k.mT)
     return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, D)
+
+
+def attend_fused(q, k, v, mask, causal, dropout):
+    """`attend` by a fused kernel, asked for in the one of two ways in which CUDA has it.
+
+    Its only one for query heads that share a key head is flash, in 16 bit and without a mask; else
+    it falls back to its slowest, which writes out all scores and repeated keys. So the R query
+    heads that share a key head become R T queries of one head, where is_causal does not forbid."""
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    R = H // G
+    if causal:
+        shared = R > 1
+        if shared and q.dtype.itemsize > 2 and q.device.type != "cpu":
+            k, v = (t.repeat_interleave(R, dim=1) for t in (k, v))
+            shared = False
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
+                                              enable_gqa=shared)
+    if mask is not None and T > 1:
+        mask = mask.repeat(1, 1, R, 1)                        # (B or 1, 1, R*T, S)
+    q = q.reshape(B, G, R * T, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return y.reshape(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -474,7 +500,7 @@ class Decoder(nn.Module):
                 raise ValueError("lengths need one row, without last_only or a cache that is in "
                                  f"use, and must sum to its {T} tokens; got {B} rows and the sum "
                                  f"{sum(lengths)}")
-            positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+            positions = to_device(torch.cat([torch.arange(n) for n in lengths]), x.device)
         frequencies = rope_frequencies(self.config, x.device)
         angle = positions.reshape(-1, 1, T, 1) * frequencies              # (B or 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)
@@ -564,10 +590,11 @@ def token_nll(model, ids, lengths):
     lm_head itself is trained the plain computation is used."""
     lengths = [int(n) for n in lengths]
     hidden = model.model(ids[None], lengths=lengths)[0]                   # (T, C)
-    first = torch.zeros(len(ids) + 1, dtype=torch.bool, device=ids.device)
+    first = torch.zeros(len(ids) + 1, dtype=torch.bool)
     first[torch.tensor([0] + lengths).cumsum(0)] = True
-    hidden = hidden[~first[1:]]                   # a sequence's last token predicts nothing
-    targets = ids[~first[:-1]]
+    at = to_device((~first[1:]).nonzero()[:, 0], ids.device)
+    hidden = hidden.index_select(0, at)           # a sequence's last token predicts nothing
+    targets = ids.index_select(0, at + 1)
     if model.lm_head.weight.requires_grad:
         return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
     return ChunkedNLL.apply(hidden, model.lm_head.weight, targets)
@@ -617,8 +644,12 @@ class KVCache:
 
     def grow(self, T):
         """T: how many tokens came to each row, a number or a list."""
-        self.lengths = self.lengths + torch.as_tensor(T, device=self.lengths.device)
-        self.used += T if isinstance(T, int) else max(T)
+        if isinstance(T, list):
+            self.used += max(T)
+            T = to_device(torch.tensor(T), self.lengths.device)
+        else:
+            self.used += T
+        self.lengths = self.lengths + T
 
     def keep(self, rows):
         """Shrink to these rows, in ascending or any other order."""
@@ -674,7 +705,7 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
         logits = model.lm_head(hidden).float()                            # (B, vocab)
         token = sample_token(logits, uniform[:, step, None], temperature, top_k)
         going = []
-        for row, t in enumerate(token.tolist()):
+        for row, t in enumerate(token.tolist()):     # the only wait for the device in a step
             if t not in ends:
                 new[running[row]].append(t)
                 going.append(row)
