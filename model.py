@@ -222,7 +222,9 @@ def read_config(raw, where="config.json"):
         refused.append("attention that is not causal (is_causal)")
     quantization = raw.get("quantization_config") or {}
     method = [quantization.get(key) for key in ("quant_method", "bnb_4bit_quant_type")]
-    if quantization and (method != ["bitsandbytes", "nf4"] or quantization.get("load_in_8bit")):
+    if quantization.get("load_in_8bit"):
+        method[1] = "8 bit"
+    if quantization and method != ["bitsandbytes", "nf4"]:
         refused.append(f"weights quantised with {method[0]} ({method[1] or 'not NF4'})")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # transformers' order
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
