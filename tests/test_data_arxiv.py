@@ -383,7 +383,7 @@ GOOD = b'{"id":"x","abstract":"y"}\n'
     (GOOD + b'{"id":"z","abstract":"\\ud835 half"}\n', "line 2: 'utf-8' codec can't encode"),
     (GOOD + b'{"id":"\\uDC00","abstract":"half"}\n', "line 2: 'utf-8' codec can't encode"),
     (b"PK\x03\x04" + bytes(100), "is a zip archive: unzip it"), (gzip.compress(GOOD * 999, mtime=0)[:-9], "end-of-stream"),
-    (gzip.compress(GOOD * 999, mtime=0)[:60] + bytes(99), ""), (gzip.compress(GOOD) + b"more", "Not a gzipped file"),
+    (gzip.compress(GOOD * 999, mtime=0)[:60] + bytes(99), ""), (gzip.compress(GOOD, mtime=0) + b"more", "Not a gzipped file"),
     (GOOD + b"[1, 2]\n", "line 2: it is no JSON object"), (GOOD + b"7\n", "line 2: it is no JSON object"), (GOOD + b"null", "line 2: it is no JSON object"),
     (GOOD + b"\n\n{", "line 4: it is no JSON"), (GOOD + GOOD.strip() + GOOD, "line 2: it is no JSON: Extra data at character 26"),
     (b"[" * 100_000, "line 1: "), (b'{"id":' + b"9" * 9999 + b',"abstract":"y"}', "line 1: "),
