@@ -470,7 +470,8 @@ LONGEST_LINE = 1 << 24                                        # bytes; a record 
 
 def clean(text):
     """The text in one line: a line break, with the white space after it, becomes one blank."""
-    lines = [line.lstrip() for line in text.strip().splitlines()]         # \r and the like, too
+    lines = text.removeprefix("\ufeff").strip().splitlines()              # at \r and the like, too
+    lines = [line.lstrip() for line in lines]
     return " ".join(line for line in lines if line)
 
 

@@ -404,7 +404,7 @@ def test_texts_that_are_refused_by_name(data, words, tmp_path):
 
 @pytest.mark.parametrize("text", ["a\n b", "a\r\n b", "a\r b", "a\u2028b", "a\u2029 b", "a\x85b", "a\x0b b", "a\x0cb", "\r\na\r\n\r\n  b\r\n", "a\x1cb", " a\n\r b "])
 def test_every_line_break_becomes_a_blank(text, tmp_path):
-    assert d.clean(text) == "a b"
+    assert d.clean(text) == d.clean("\ufeff" + text) == "a b"
     write(tmp_path / "s.jsonl", [json.dumps({"id": "x", "abstract": text}), json.dumps({"id": "z", "abstract": text}, ensure_ascii=False)])
     assert both_readers(tmp_path / "s.jsonl", tmp_path) == (["x", "z"], ["a b", "a b"])
     d.prepare(write(tmp_path / "snapshot.jsonl", [line("x", abstract=text), line("y", abstract=text)]), tmp_path / "out")
