@@ -264,7 +264,7 @@ def from_bitsandbytes(tensors, name):
     nested_map = tensors["nested_quant_map"].float()
     same_map = nested_map.shape == DYNAMIC.shape and torch.allclose(nested_map, DYNAMIC, atol=1e-7)
     same_map = same_map and torch.equal(tensors["quant_map"].float(), NF4)
-    if blocks != (BLOCK, NESTED) or not same_map:
+    if blocks != (BLOCK, NESTED) or not same_map or state.get("quant_type", "nf4") != "nf4":
         raise ValueError(f"{name}: 4-bit blocks of {blocks} or another codebook; only NF4 with "
                          f"blocks of {BLOCK} and {NESTED} is read")
     n = shape.numel()

@@ -1,5 +1,6 @@
 """quant.py against bitsandbytes: bit for bit. The Triton kernel against plain torch, on a GPU or in Triton's interpreter."""
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -169,6 +170,8 @@ def test_damaged_bitsandbytes_tensors():
     damaged += [good | {"": packed[:-1]}, good | {"absmax": good["absmax"].float()}, good | {"absmax": good["absmax"][1:]}, good | {"nested_absmax": nan},
                 good | {"nested_absmax": good["nested_absmax"].double()}, good | {"quant_map": good["quant_map"].flip(0)}, good | {"nested_quant_map": torch.zeros(3)},
                 good | {"quant_state.bitsandbytes__nf4": torch.tensor([1, 2, 3], dtype=torch.uint8)}]
+    fp4 = json.loads(bytes(good["quant_state.bitsandbytes__nf4"].tolist())) | {"quant_type": "fp4"}
+    damaged.append(good | {"quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(fp4).encode()), dtype=torch.uint8)})
     for tensors in damaged:
         with pytest.raises(ValueError, match="^w"):
             quant.from_bitsandbytes(tensors, "w")
