@@ -426,6 +426,7 @@ def in_batches(function, sequences, most, desc):
     order = np.argsort(-lengths, kind="stable")
     ends = lengths[order].cumsum()
     result = {}
+    desc = printable(desc)
     with tqdm(total=len(order), desc=desc, unit="text", dynamic_ncols=True) as bar:
         for rows in np.split(order, np.flatnonzero(np.diff(ends // most)) + 1):
             result |= zip(rows, function([sequences[i] for i in rows]))
@@ -606,7 +607,7 @@ def write_completions(out, models, abstracts, args):
         with tqdm(total=len(models) * len(abstracts), desc="completions", unit="completion",
                   dynamic_ncols=True) as bar:
             for m in models:
-                bar.set_postfix(model=m.name)
+                bar.set_postfix(model=printable(m.name))
                 old = have.get(m.name, {})
                 bar.update(len(old.keys() & abstracts.keys()))
                 for records in new_completions(m, abstracts, old, args):

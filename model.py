@@ -118,7 +118,8 @@ def new_directory(path):
 @functools.cache
 def note(message):
     """Print it to stderr, once in a process."""
-    print(f"note: {message}", file=sys.stderr)
+    printable = "".join(c if c.isprintable() else "?" for c in message)
+    print(f"note: {printable}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -101,7 +101,11 @@ def test_own_texts(tiny, tmp_path, capsys):
         file.write(json.dumps({"id": "empty", "abstract": ""}) + "\n")
     mine, = perplexity(tmp_path, "--base", tiny[0], "--data", tmp_path / "mine.jsonl")
     assert list(values(mine)) == ids[:4] and "1 empty abstract" in capsys.readouterr().err
-    split, = perplexity(tmp_path, "--base", tiny[0], "--data", tiny[1])
+    base = tmp_path / "ba\x1b[31mse"
+    base.symlink_to(tiny[0])
+    split, = perplexity(tmp_path, "--base", base, "--data", tiny[1])
+    printed = capsys.readouterr()
+    assert "ba?[31mse" in printed.err and "\x1b[31m" not in printed.out + printed.err
     assert all(values(mine)[i] == pytest.approx(values(split)[i], rel=1e-4) for i in ids[:4])
 
 
