@@ -288,7 +288,12 @@ def fetch_adapter(source, base):
     Raises ValueError if it is not to be had."""
     directory = fetch(source, ["adapter_config.json", "adapter_model.safetensors"])
     with reading(directory / "adapter_config.json", f"{source} holds no adapter of peft's") as path:
-        base = base or str(json.loads(path.read_bytes())["base_model_name_or_path"])
+        config = json.loads(path.read_bytes())
+        revision = config.get("revision")
+        if not base and revision not in (None, "main"):
+            raise ValueError(f"its base is the revision {revision!r} of "
+                             f"{config['base_model_name_or_path']}: say with --base where it is")
+        base = base or str(config["base_model_name_or_path"])
     return Model(name_of(source), base, directory)
 
 

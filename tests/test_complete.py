@@ -203,6 +203,10 @@ def test_an_adapter_for_a_base_of_another_machine(adapter, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             nano_eval.main(command("perplexity", "--adapter", tmp_path / "theirs"))
         assert stop.value.code == 2 and "say with --base" in capsys.readouterr().err
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"revision": "v2"}))       # other weights by the same name
+    with pytest.raises(ValueError, match="the revision 'v2' of .*: say with --base"):
+        nano_eval.fetch_adapter(tmp_path / "theirs", None)
+    assert nano_eval.fetch_adapter(tmp_path / "theirs", "here").base == "here"
 
 
 def test_adapter_from_the_hub(tiny, adapter, tmp_path, monkeypatch, capsys):
