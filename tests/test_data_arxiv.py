@@ -402,6 +402,13 @@ def test_texts_that_are_refused_by_name(data, words, tmp_path):
     assert not list((tmp_path / "prepared").iterdir())
 
 
+def test_a_file_in_place_of_a_directory(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        d.main(["prepare", "snapshot.jsonl", "--out", str(tmp_path / "file")])
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"
+
+
 @pytest.mark.parametrize("text", ["a\n b", "a\r\n b", "a\r b", "a\u2028b", "a\u2029 b", "a\x85b", "a\x0b b", "a\x0cb", "\r\na\r\n\r\n  b\r\n", "a\x1cb", " a\n\r b "])
 def test_every_line_break_becomes_a_blank(text, tmp_path):
     assert d.clean(text) == d.clean("\ufeff" + text) == "a b"
