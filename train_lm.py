@@ -559,7 +559,9 @@ class Run:
                 for path in self.out.glob(pattern):
                     path.unlink()
             found = self.find(resume)
-            self.write_config(found[0], data)
+            self.config = self.check_settings(found[0], data)
+            if not found[0]:
+                self.write_config()
         if dist.is_initialized():
             dist.broadcast_object_list(found)
         self.checkpoint, self.state = found
@@ -588,8 +590,14 @@ class Run:
                              "in its place, or choose another --out")
         return [None, None]
 
-    def write_config(self, checkpoint, data):
-        """Compare the settings with those the run was started with, and write where it is now."""
+    def write_config(self):
+        """Write the settings and where the run is now: of an old run once its base is known to be
+        the same, or an evaluation would take the wrong one."""
+        with writing(self.out / "config.json") as temporary:
+            temporary.write_text(json.dumps(self.config, indent=1))
+
+    def check_settings(self, checkpoint, data):
+        """-> what config.json should say; ValueError for other settings than the run's."""
         path = self.out / "config.json"
         settings = json.loads(json.dumps(self.settings))      # as JSON gives them back
         if checkpoint:
@@ -609,8 +617,7 @@ class Run:
         config = {"settings": settings, "directory": os.path.abspath(self.out)}
         if data is not None:
             config["data"] = data
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(config, indent=1))
+        return config
 
     @torch.no_grad()
     def restore(self, named, optimizer, fingerprint):
@@ -628,6 +635,8 @@ class Run:
                 raise ValueError(f"{self.out} was trained on another base than "
                                  f"{self.settings.get('base')} is: resume with that one, or choose "
                                  "another --out")
+            if self.first:
+                self.write_config()
             tensors, _ = read_checkpoint(self.checkpoint)
             for name, p in named.items():
                 for key in (name, *(f"{name}/{part}" for part in ADAMW)):

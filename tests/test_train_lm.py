@@ -231,9 +231,9 @@ def test_best_adapter(tiny, tmp_path):
 
 def test_finished_run_ends_without_its_base(tiny, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.*")}
     done = run([sys.executable, SCRIPT, *flags((tmp_path / "gone", tiny[1]), tmp_path / "run", "--resume")])
-    assert "is finished" in done.stdout and before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    assert "is finished" in done.stdout and before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.*")}
     shutil.rmtree(tmp_path / "run" / "adapter")                                            # what is missing is made again
     train_lm.main(flags(tiny, tmp_path / "run", "--resume"))
     assert equal(adapter(undisturbed), adapter(tmp_path / "run")) and saved(tmp_path / "run")["best"] == saved(undisturbed)["best"]
@@ -391,6 +391,7 @@ def test_content_decides(tiny, stopped, tmp_path):
     data_arxiv.synthesize(tmp_path / "snapshot.jsonl", records=700, seed=2)
     data_arxiv.prepare(tmp_path / "snapshot.jsonl", tmp_path / "data")
     unfinish(stopped)
+    before = (stopped / "config.json").read_bytes()
     assert "is not what" in refused(sys.executable, SCRIPT, *flags((tiny[0], tmp_path / "data"), stopped, "--resume"))
     from model import CausalLM, Config, init_weights, save_pretrained
     torch.manual_seed(5)
@@ -399,6 +400,7 @@ def test_content_decides(tiny, stopped, tmp_path):
     save_pretrained(model, tmp_path / "base")
     shutil.copy(tiny[0] / "tokenizer.json", tmp_path / "base")
     assert "another base" in refused(sys.executable, SCRIPT, *flags((tmp_path / "base", tiny[1]), stopped, "--resume"))
+    assert (stopped / "config.json").read_bytes() == before            # an evaluation takes the run's own base
 
 
 def test_read_settings(undisturbed, tmp_path):
