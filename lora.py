@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from model import (
@@ -110,6 +111,10 @@ def zero_at(x, where):
 def lora_hook(layer, inputs, y):
     """The forward hook of an adapted layer: y (..., out) -> y + (alpha / r) B A dropout(x)."""
     p = layer.lora_dropout if layer.training else 0.0
+    if torch.compiler.is_compiling():       # it fuses the plain form, and keeps no masks either
+        x = F.dropout(inputs[0], p)
+        h = F.linear(x, layer.lora_A.to(x.dtype))
+        return y + F.linear(h, (layer.lora_scale * layer.lora_B).to(x.dtype))
     return LoRABranch.apply(y, inputs[0], layer.lora_A, layer.lora_B, layer.lora_scale, p)
 
 

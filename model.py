@@ -405,15 +405,18 @@ class Attention(nn.Module):
         self.v_proj = linear(C, keys, bias=config.qkv_bias)
         self.o_proj = linear(queries, C, bias=False)
 
-    def forward(self, x, rope, lengths, cache, layer, causal, last_only=False):
-        B, T, _ = x.shape
-        D = self.config.head_dim
-        n = 1 if last_only else T                             # positions that ask; all answer
-        q = self.q_proj(x[:, -n:]).view(B, n, -1, D).transpose(1, 2)     # -> (B, H, n, D)
-        k = self.k_proj(x).view(B, T, -1, D).transpose(1, 2)             # -> (B, G, T, D)
-        v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)
-        q = rotate(q, *(f[:, :, -n:] for f in rope))
-        k = rotate(k, *rope)
+    def project(self, x, rope, last_only):
+        """-> q (B, H, n, D) of the n positions that ask; k, v (B, G, T, D) of all, which answer."""
+        start = -1 if last_only else 0
+        heads = (-1, self.config.head_dim)
+        q = self.q_proj(x[:, start:]).unflatten(-1, heads).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        q = rotate(q, *(f[:, :, start:] for f in rope))
+        return q, rotate(k, *rope), v
+
+    def forward(self, q, k, v, lengths, cache, layer, causal, last_only=False):
+        n = q.shape[2]
         drop = self.config.attention_dropout if self.training else 0.0
         if lengths is None and cache is None:    # the last position sees all, causal or not
             y = attend(q, k, v, causal=causal and not last_only, dropout=drop)
@@ -425,7 +428,7 @@ class Attention(nn.Module):
                 cache.fill(layer, k, v, lengths)
             parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
             y = torch.cat([attend(*qkv, causal=causal, dropout=drop) for qkv in parts], dim=2)
-        return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))          # -> (B, n, C)
+        return y.transpose(1, 2).flatten(2)                              # -> (B, n, H*D)
 
 
 class MLP(nn.Module):
@@ -449,10 +452,19 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rope, lengths, cache, layer, causal, last_only=False):
-        y = self.self_attn(self.input_layernorm(x), rope, lengths, cache, layer, causal, last_only)
-        x = y + (x[:, -1:] if last_only else x)
+    def before(self, x, rope, last_only):
+        """All up to attention: x (B, T, C) -> q, k, v."""
+        return self.self_attn.project(self.input_layernorm(x), rope, last_only)
+
+    def after(self, x, y):
+        """All that follows it: x (B, n, C), y (B, n, H*D) -> (B, n, C)."""
+        x = self.self_attn.o_proj(y) + x
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, rope, lengths, cache, layer, causal, last_only=False):
+        qkv = self.before(x, rope, last_only)
+        y = self.self_attn(*qkv, lengths, cache, layer, causal, last_only)
+        return self.after(x[:, -1:] if last_only else x, y)
 
 
 class Decoder(nn.Module):

@@ -280,19 +280,37 @@ def from_bitsandbytes(tensors, name):
     return q
 
 
-class NF4Matmul(torch.autograd.Function):
-    """y = x W^T. The 16-bit W exists only inside forward and inside backward.
+@torch.library.custom_op("nanophys::nf4_product", mutates_args=())
+def nf4_product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor,
+                nested_absmax: torch.Tensor, nested_offset: torch.Tensor, rows: int, columns: int,
+                transposed: bool) -> torch.Tensor:
+    """x W^T, or x W, of W (rows, columns) in the four tensors of an NF4Weight; W in 16 bit exists
+    only inside. One operator, which torch.compile does not look into."""
+    shape = torch.Size((rows, columns))
+    W = dequantize_nf4(NF4Weight(packed, absmax, nested_absmax, nested_offset, shape, x.dtype))
+    return x @ (W.T if transposed else W)
 
-    Between them only its 4-bit form is kept. Plain twin: F.linear(x, dequantize_plain(q))."""
+
+@nf4_product.register_fake
+def _(x, packed, absmax, nested_absmax, nested_offset, rows, columns, transposed):
+    return x.new_empty(*x.shape[:-1], rows if transposed else columns)
+
+
+class NF4Matmul(torch.autograd.Function):
+    """y = x W^T. Between forward and backward only the 4-bit form of W is kept.
+
+    Plain twin: F.linear(x, dequantize_plain(q))."""
 
     @staticmethod
-    def forward(ctx, x, q):
-        ctx.q = q
-        return x @ dequantize_nf4(q, x.dtype).T                           # (..., in) -> (..., out)
+    def forward(ctx, x, rows, *q):
+        ctx.save_for_backward(*q)
+        ctx.shape = (rows, x.shape[-1])
+        return nf4_product(x, *q, *ctx.shape, True)                       # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ dequantize_nf4(ctx.q, grad.dtype), None             # (..., out) -> (..., in)
+        grad = nf4_product(grad, *ctx.saved_tensors, *ctx.shape, False)   # (..., out) -> (..., in)
+        return grad, None, None, None, None, None
 
 
 class NF4Linear(nn.Module):
@@ -333,5 +351,6 @@ class NF4Linear(nn.Module):
                          torch.Size((self.out_features, self.in_features)), self.dtype)
 
     def forward(self, x):
-        y = NF4Matmul.apply(x, self.quantized())
+        parts = (self.weight, self.absmax, self.nested_absmax, self.nested_offset)
+        y = NF4Matmul.apply(x, self.out_features, *parts)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,16 +1,19 @@
 """lora.py against the peft library."""
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora
+import train_lm
 from lora import adapted, inject, load_adapter, merge, save_adapter, save_merged
-from model import SHAPES, CausalLM, load_pretrained, new_directory, save_pretrained
+from model import SHAPES, CausalLM, load_pretrained, new_directory, save_pretrained, token_nll
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -286,3 +289,64 @@ def test_dropout_of_one_position():
     assert torch.equal(strided, layer(x.contiguous()))
     strided.sum().backward()
     assert layer.lora_A.grad.norm() > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+
+
+def test_compiled_blocks(base, monkeypatch):
+    """--compile: the same losses and gradients, no graph break, and nothing compiled again from batch to batch."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    models = [ours(base, quantize="nf4") for _ in range(2)]
+    for model in models:
+        inject(model, "all", dropout=0.0)
+        randomise(model)
+        model.train()
+    train_lm.compile_blocks(models[1])
+    g = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        lengths = torch.randint(2, 40, (3,), generator=g).tolist()
+        ids = torch.randint(64, (sum(lengths),), generator=g)
+        found = []
+        for model in models:
+            nll = token_nll(model, ids, lengths)
+            found.append([nll, *torch.autograd.grad(nll.mean(), [p for p in model.parameters() if p.requires_grad])])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]        # of two blocks: before and after attention
+
+
+def test_compiled_model_is_saved_and_merged(base, tmp_path):
+    """Nothing of the compiler is in the names."""
+    plain, compiled = (ours(base) for _ in range(2))
+    for model in (plain, compiled):
+        inject(model, "all")
+        randomise(model)
+    train_lm.compile_blocks(compiled)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    save_adapter(compiled, tmp_path)
+    load_adapter(ours(base), tmp_path)
+    for model in (plain, compiled):
+        merge(model)
+    save_pretrained(compiled, tmp_path / "merged")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours(tmp_path / "merged").parameters(), strict=True))
+
+
+def test_compiled_dropout(base):
+    """Dropout that the compiled backward pass draws again is the forward pass's; a seed decides."""
+    model = ours(base)
+    inject(model, ["down_proj"], dropout=0.5)
+    randomise(model)
+    train_lm.compile_blocks(model)
+    layer = model.double().train().model.layers[0].mlp.down_proj
+    compiled = torch.compile(layer)
+    x = torch.randn(30, 80, dtype=torch.float64)
+
+    def forward(seed=0):
+        torch.manual_seed(seed)
+        return compiled(x)
+    y = forward()
+    slope, = torch.autograd.grad(y.sum(), layer.lora_A)
+    assert torch.allclose((slope * layer.lora_A).sum(), (y - x @ layer.weight.T).sum())  # linear in A
+    assert torch.equal(y, forward()) and not torch.equal(y, forward(seed=1))
