@@ -149,7 +149,7 @@ def test_numbers(done):
     for name in ("perplexity", "next-patch", "eval-generate"):
         ours, theirs = (numbers(json.loads((out / f"{name}.json").read_text())["rows"]) for out in (cpu, cuda))
         assert len(ours) > 10 and ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), name
-    ours, theirs = ([json.loads(line)["completion"] for line in open(out / "completions.jsonl")] for out in (cpu, cuda))
+    ours, theirs = ([json.loads(line)["completion"] for line in (out / "completions.jsonl").read_text().splitlines()] for out in (cpu, cuda))
     assert ours == theirs and len(ours) == 6
 
 
