@@ -753,7 +753,8 @@ def load_encoder(source, device="cpu"):
         rules = json.loads(content)["normalizer"] or {}
         for key, name in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
                           ("tokenize_chinese_chars", "handle_chinese_chars")):
-            if words.get(key, rules.get(name)) != rules.get(name):
+            asked = words.get(key, rules.get(name))
+            if asked != rules.get(name) and (asked or rules):
                 raise ValueError(f"{name} is {rules.get(name)}, but tokenizer_config.json has "
                                  f"{key} {words[key]}")
         cut = tokenizer.truncation or {}
