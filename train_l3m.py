@@ -11,7 +11,7 @@
 `generate`: lightcones slice by slice, by conditional flow matching. LoRA and the norms, or the
 whole backbone, are trained, and a velocity network.
 
-    python train_l3m.py generate --demo                         # the whole path in minutes
+    python train_l3m.py generate --demo                         # the whole path, four minutes of CPU
     python train_l3m.py generate --rank 8 --seeds 0 1 2         # the paper's: Qwen2.5-0.5B, a GPU
     python train_l3m.py generate --init random --blocks 8 --base path/to/SmolLM2-135M-Instruct \\
         --batch-size 4 --lr 1e-3 --max-steps 1000 --validate-every 0.1          # a laptop
@@ -676,15 +676,15 @@ def demo(args):
               flush=True)
         part("eval.py", "regress", out / "small", out / "random")
     else:
-        print("   300 small batches, a taste of it: a small velocity network, and --carry, which is"
-              "\n   not the paper's: without it, slices evolve only after a longer training",
+        print("   an epoch, a taste of it: a small velocity network, and --carry, which is not\n"
+              "   the paper's: without it, slices evolve only after a longer training",
               flush=True)
         part(*common, "--init", "small", "--carry", "--velocity", 16, 32, "--batch-size", 4,
-             "--max-steps", 300, "--epochs", 1, "--lr", 2e-3, "--eval-samples", 32,
-             "--validate-every", 0.1, "--out", out / "small")
-        print("3. Test lightcones, continued from two of their slices; lag1: how alike the "
-              "structure of\n   neighbouring slices is, drawn and true", flush=True)
-        part("eval.py", "generate", out / "small", "--redshifts", 12, 9)
+             "--epochs", 1, "--lr", 2e-3, "--eval-samples", 32, "--validate-every", 0.2,
+             "--out", out / "small")
+        print("3. A test lightcone, continued twice from two of its slices; lag1: how alike the "
+              "structure\n   of neighbouring slices is, drawn and true", flush=True)
+        part("eval.py", "generate", out / "small", "--redshifts", 11, 10, 9, "--samples", 2)
     print(f"Everything is in {out}. Next: your own lightcones and a pretrained backbone, see "
           "README.md")
 

@@ -661,14 +661,14 @@ def test_generation_refusals(chatty, tiny, store, tmp_path, capfd):  # noqa: F81
 
 
 def test_generation_demo(tmp_path, monkeypatch, capfd):
-    """The demo's path with fewer lightcones and steps; as it is, it takes minutes."""
+    """The demo's path with fewer lightcones and steps; as it is, it takes four minutes of CPU."""
     simulate, call = data_lightcone.simulate, train_l3m.part
     monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 10, **how | {"bins": 94}))
     monkeypatch.setattr(train_l3m, "part", lambda *command: call(
         *command, *(["--max-steps", "3", "--eval-samples", "8"] if "--lr" in command else ["--redshifts", "12", "--slices", "2", "--figures", "1"])))
     train_l3m.main(["generate", "--demo", "--out", str(tmp_path / "demo")])
     printed = capfd.readouterr().out
-    for part in ("a stand-in, not 21cmFAST", "not the paper's", "trained parameters", "z = 12", "lag1", "Everything is in"):
+    for part in ("a stand-in, not 21cmFAST", "--carry, which is not", "trained parameters", "z = 12", "lag1", "Everything is in"):
         assert part in printed
     settings = settings_of(tmp_path / "demo" / "small")
     assert settings["carry"] and settings["start"] == "wide" and (settings["T"], settings["sky"]) == (94, 28)
