@@ -11,7 +11,7 @@
 `generate`: lightcones slice by slice, by conditional flow matching. LoRA and the norms, or the
 whole backbone, are trained, and a velocity network.
 
-    python train_l3m.py generate --demo                         # the whole path, four minutes of CPU
+    python train_l3m.py generate --demo                         # the whole path, 4 minutes of CPU
     python train_l3m.py generate --rank 8 --seeds 0 1 2         # the paper's: Qwen2.5-0.5B, a GPU
     python train_l3m.py generate --init random --blocks 8 --base path/to/SmolLM2-135M-Instruct \\
         --batch-size 4 --lr 1e-3 --max-steps 1000 --validate-every 0.1          # a laptop
