@@ -49,7 +49,7 @@ from data_arxiv import bounded, lock, one_line, reading, writing
 from lora import TARGETS, inject, load_adapter, merge, save_adapter
 from model import (SHAPES, CausalLM, ChunkedNLL, Config, bos_eos, fingerprint, generate,
                    init_weights, load_config, load_pretrained, load_tokenizer, save_pretrained,
-                   token_nll)
+                   to_device, token_nll)
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the defaults are the paper's.
@@ -66,7 +66,7 @@ def arguments(argv=None):
     add("--data", default="data/arxiv", help="directory that data_arxiv.py prepare wrote")
     add("--subset", default="s3", help="s1..s10, own, a category, or hep-th:0.7+gr-qc:0.15")
     add("--lora", type=matrices, default="all", help="qkv, all, or names such as q_proj,v_proj")
-    add("--rank", type=count, default=8, help="r of LoRA")
+    add("--rank", type=bounded(int, 1, 4096), default=8, help="r of LoRA")
     add("--alpha", type=bounded(float, 0, above=True), default=32, help="scale: alpha / rank")
     add("--dropout", type=bounded(float, 0, 0.999), default=0.05, help="on the adapter's input")
     add("--quantize", choices=["nf4", "none"], default="nf4", help="the base in 4 bits or in 16")
@@ -97,6 +97,10 @@ def arguments(argv=None):
     add("--dry-run", action="store_true", help="print sizes, memory and steps: no weights needed")
     add("--demo", action="store_true", help="the whole path on made-up abstracts; three minutes")
     args = p.parse_args(argv)
+    if args.subset == "control":
+        p.error("--subset control: these papers are there to be completed, never to be trained on")
+    if args.min_lr > args.lr:
+        p.error(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}")
     lora = args.lora if isinstance(args.lora, str) else ",".join(args.lora)
     name = "demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{lora}")
     args.out = args.out or f"out/{name}"
@@ -321,7 +325,7 @@ def micro_batches(sequences, size, device):
     """Cuts lists of token ids into parts of `size`; yields (ids end to end, lengths) of each."""
     for i in range(0, len(sequences), size):
         ids, lengths = data_arxiv.collate(sequences[i:i + size])
-        yield ids.to(device), lengths
+        yield to_device(ids, device), lengths
 
 
 @torch.no_grad()
