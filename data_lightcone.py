@@ -286,6 +286,8 @@ def read_npz(path, f):
     if "image" not in f:
         raise ValueError(f"{path}: lacks image (and is not a lightcone .npz)")
     label = [key for key in ("label", "labels") if key in f]
+    if label and PARAMETERS[0] in f:
+        raise ValueError(f"{path}: holds {label[0]} and named parameters: keep one of them")
     if label:                                                                # the L3M release
         parameters = order_labels(path, label[0], np.asarray(f[label[0]], float).ravel())
     else:

@@ -1389,7 +1389,7 @@ def export(args):
             config["base_model_name_or_path"] = base_id or base
             with writing(temporary / "adapter_config.json") as path:
                 path.write_text(json.dumps(config, indent=1))
-        for file in filter(Path.exists, files):
+        for file in filter(os.path.lexists, files):
             with writing(temporary / file.name) as path:
                 shutil.copyfile(file, path)
         with writing(temporary / "README.md") as path:

@@ -176,6 +176,7 @@ BAD = {
     "too few bins": (lambda p: write_v3(p, cube(bins=40)), "40 line-of-sight bins, fewer than --bins 50"),
     "lacks zeta (v3)": (lambda p: write_v3(p, drop=("HII_EFF_FACTOR",)), "lacks 'HII_EFF_FACTOR'"),
     "lacks zeta (npz)": (lambda p: write_npz(p, drop=("zeta",)), "lacks zeta"),
+    "label and names": (lambda p: write_npz(p, label=np.zeros(6)), "label and named parameters"),
     "lacks image": (lambda p: write_npz(p, drop=("image",)), "lacks image"),
     "zeta by mass (v4)": (lambda p: write_v4(p, source="E-INTEGRAL"), "lacks zeta"),
     "outside the priors": (lambda p: write_v3(p, zeta=300.0), "zeta = 300 lies outside the prior, 10 to 250"),
