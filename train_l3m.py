@@ -2,7 +2,7 @@
 
 `regress`: six parameters from the sky-averaged signal. The backbone is frozen.
 
-    python train_l3m.py regress --demo                          # the whole path in two minutes
+    python train_l3m.py regress --demo                          # the whole path, 3 minutes of CPU
     python train_l3m.py regress --prompt chat --seeds 0 1 2 3 4 # the paper's: Qwen2.5-0.5B, a GPU
     python train_l3m.py regress --init random --blocks 6 --base path/to/SmolLM2-135M-Instruct \\
         --batch-size 64 --epochs 100 --lr 1e-3                  # a laptop

@@ -415,7 +415,7 @@ def test_dry_run_memory(capsys):
 
 
 def test_demo(tmp_path, monkeypatch, capfd):
-    """The demo's path with fewer lightcones and steps; as it is, it takes two minutes."""
+    """The demo's path with fewer lightcones and steps; as it is, it takes three minutes of CPU."""
     simulate, call = data_lightcone.simulate, train_l3m.part
     monkeypatch.setattr(data_lightcone, "simulate", lambda path, n, **how: simulate(path, 40, **how))
     monkeypatch.setattr(train_l3m, "part", lambda *command: call(*command, *(["--max-steps", "3"] if "--lr" in command else [])))
