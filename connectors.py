@@ -251,9 +251,10 @@ def trained_parameters(network):
 def widen(backbone):
     """A start from which a network trained from scratch soon looks back, in place (ours).
 
-    Matrices N(0, 1/C) keep the size of what they map, where the paper's N(0, 0.02^2) lets it fade
-    in seven blocks. With biases N(0, 1.5^2) of queries and keys, rotated by RoPE, a head looks at
-    some distances more than at others, where without them it looks at all tokens alike."""
+    Matrices N(0, 1/C) keep the size of what they map from C numbers, where the paper's N(0, 0.02^2)
+    lets it fade in seven blocks. With biases N(0, 1.5^2) of queries and keys, rotated by RoPE, a
+    head looks at some distances more than at others, where without them it looks at all tokens
+    alike."""
     std = backbone.config.hidden_size**-0.5
     for layer in backbone.layers:
         for name, p in layer.named_parameters():

@@ -178,7 +178,8 @@ def one_line(memory="less at a time"):
         code = 130
         message = "stopped; what was written before is whole, the same command starts again"
     except (ValueError, OSError) as e:
-        place = getattr(e, "filename", None)                  # of an OSError: no "[Errno 20]"
+        # of an OSError: no "[Errno 20]"; of two files, as of a renaming, the second
+        place = getattr(e, "filename2", None) or getattr(e, "filename", None)
         message = f"error: {place}: {e.strerror}" if place else f"error: {e}"
     except (MemoryError, RuntimeError) as e:
         full = re.search("out of memory|enough memory|allocate memory", str(e))

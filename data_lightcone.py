@@ -1563,7 +1563,7 @@ def draw_store(store, rows, out):
         ax.figure.legend(loc="outside upper center", fontsize=8)
     rows = rows[::3]
     cubes = [store.slices(store.names[row], 0, store.T).astype(np.float32) for row in rows]
-    look = eor_colours(cubes)
+    look = eor_colours([cube[:, :, 0] for cube in cubes])
     with figure(out / "lightcones", len(rows), size=(13, 2.3 * len(rows)), squeeze=False) as axes:
         for ax, row, cube in zip(axes[:, 0], rows, cubes):
             drawn = ax.imshow(cube[:, :, 0].T, **look,

@@ -712,7 +712,8 @@ def read_modules(directory):
     pooling = {}
     if modules is not usual:                                  # without it neither counts
         pooling = read_json(pooled / "config.json")
-        for path in weights.glob("sentence_*_config.json"):   # bert, roberta, distilbert, ..
+        paths = weights.glob("sentence_*_config.json")        # bert before roberta, distilbert, ..
+        for path in sorted(paths, key=lambda path: "_bert_" not in path.name)[:1]:
             text = read_json(path)
     own = read_json(directory / "config_sentence_transformers.json", {})
     with reading(directory, "choose another --encoder"):
@@ -2335,23 +2336,23 @@ def draw_slices(methods, truth, z, i, cell, parameters, p, name):
     (S + n, X, Y) mK, z (S + n,), cell in Mpc, patches of p x p.
 
     T_b in the colours of the field over the range of the true slices."""
-    shown = [(m["name"], cube) for m in methods[:-1] for cube in m["draws"][i, :2]]
+    shown = [(m, cube) for m in methods[:-1] for cube in m["draws"][i, :2]]
     n = len(shown[0][1])
     S = len(truth) - n
     at = [S - 1, *sorted({S, S + n // 2, S + n - 1})]
     look = eor_colours(truth)
     with figure(name, len(shown), len(at) + 1, (9, 1.4 + 1.4 * len(shown)), squeeze=False,
                 width_ratios=[1] * len(at) + [2], subplot_kw={"xticks": [], "yticks": []}) as axes:
-        for row, (label, cube) in zip(axes, shown):
+        for row, (m, cube) in zip(axes, shown):
             cube = np.concatenate((truth[:S], cube)).astype(np.float32)           # (S + n, X, Y)
             x = normalise(torch.from_numpy(cube))
-            label += f"\nlag1 {evolution(x[:S], x[None, S:], x[S:], p)['lag1']:.2f}"
+            lag1 = evolution(x[:S], x[None, S:], x[S:], m["settings"].get("patch", p))["lag1"]
             for ax, s in zip(row, at):
                 drawn = ax.imshow(cube[s], **look)
                 ax.set_box_aspect(1)
             row[-1].imshow(cube[:, 0].T, **look)
             row[-1].axvline(S - 0.5, color=COLOURS[3], lw=2)
-            row[0].set_ylabel(label, fontsize=8)
+            row[0].set_ylabel(f"{m['name']}\nlag1 {lag1:.2f}", fontsize=8)
         for ax, s, redshift in zip(axes[0], at, tell_apart(z[at])):
             which = f"slice {s - S + 1}" if s >= S else "given"
             ax.set_title(f"{which}\nz = {redshift}", fontsize=8)

@@ -720,7 +720,7 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
         logits = model.lm_head(hidden).float()                            # (B, vocab)
         token = sample_token(logits, uniform[:, step, None], temperature, top_k)
         going = []
-        for row, t in enumerate(token.tolist()):     # the only wait for the device in a step
+        for row, t in enumerate(token.tolist()):     # the only wait in a step in which none ends
             if t not in ends:
                 new[running[row]].append(t)
                 going.append(row)

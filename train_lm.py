@@ -79,8 +79,8 @@ def arguments(argv=None):
     add("--checkpoint-activations", action="store_true",
         help="compute each block again in the backward pass: little memory, 4/3 of the time")
     add("--compile", action="store_true",
-        help="torch.compile the blocks around attention: on a GPU half the memory traffic and "
-        "activations; a minute at first; needs a C++ compiler")
+        help="torch.compile the blocks around attention: by counting half the memory traffic "
+        "outside matrix products, and half the activations; minutes at first; needs a C++ compiler")
     add("--epochs", type=count, default=4, help="passes over the training set")
     add("--max-steps", type=count, help="end, and end the learning-rate schedule, after so many")
     add("--lr", type=bounded(float, 0, above=True), default=3e-4, help="highest learning rate")
@@ -100,7 +100,7 @@ def arguments(argv=None):
     if args.subset == "control":
         p.error("--subset control: these papers are there to be completed, never to be trained on")
     if args.min_lr > args.lr:
-        p.error(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}")
+        p.error(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower --min-lr, too")
     lora = args.lora if isinstance(args.lora, str) else ",".join(args.lora)
     name = "demo" if args.demo else re.sub(r"[^\w.-]", "_", f"{args.subset}-{lora}")
     args.out = args.out or f"out/{name}"
@@ -292,6 +292,12 @@ def trained_rows(directory):
 
 def load_model(args, base, dtype, device):
     """-> the base with fresh adapters, in training mode, and {name: trained parameter}."""
+    if args.compile:                                          # tried before the minutes of loading
+        try:
+            torch.compile(torch.sin)(torch.zeros(8, device=device))
+        except RuntimeError as e:
+            reason = str(e).partition("\n")[0]
+            raise ValueError(f"--compile needs a C++ compiler (apt install g++): {reason}") from e
     quantize = None if args.quantize == "none" else args.quantize
     model = load_pretrained(base, quantize=quantize, dtype=dtype, device=device)
     inject(model, args.lora, args.rank, args.alpha, args.dropout, args.seed)
@@ -310,7 +316,8 @@ def compile_blocks(model):
     config.aggressive_recomputation = True
     config.is_non_builtin_to_include = True
     # The first block's input as the others': else they would be compiled twice.
-    model.model.embed_tokens.register_forward_hook(lambda *args: args[-1].requires_grad_())
+    model.model.embed_tokens.register_forward_hook(
+        lambda layer, ids, x: x.requires_grad_(torch.is_grad_enabled()))
     for block in model.model.layers:
         block.before = torch.compile(block.before, dynamic=True)
         block.after = torch.compile(block.after, dynamic=True)

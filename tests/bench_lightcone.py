@@ -4,6 +4,7 @@
     python tests/bench_lightcone.py regress data/lightcones                # held-out R^2 of ridge regression, linear and in a Gaussian kernel
     python tests/bench_lightcone.py layout                                 # read speed of the ways to lay out a cube in its file
     python tests/bench_lightcone.py draws                                  # CPU time of a batch of 64 draws, 12 slices of 28 x 28 and of 140 x 140
+    python tests/bench_lightcone.py start STORE wide 0                     # 450 steps of the small reference from --start wide (or paper), seed 0: does it look back?
     python tests/bench_lightcone.py loader                                 # SubLightcones over a sparse 304 GB store: slices/s and resident memory"""
 import multiprocessing
 import os
@@ -159,7 +160,42 @@ def loader():
         print(f"two loader workers, batches of 64: {12 * len(draws) / (time.perf_counter() - start):.0f} slices/s")
 
 
+def start(store, kind, seed="0", steps=450):
+    """The small reference without its velocity network regresses the next patch: error, and correlation of the structure with the truth."""
+    import connectors
+    torch.set_num_threads(1)
+    generator = connectors.build_generator({
+        "experiment": "generate", "init": "small", "base": None, "blocks": None, "tune": "full", "rank": 2, "patch": 14, "seed": int(seed),
+        "dropout": 0.0, "dtype": "float32", "start": kind}).train()
+    train, held_out = dl.SubLightcones(store, "train"), dl.SubLightcones(store, "validation")
+    keys = [(0, int(i)) for i in np.random.default_rng(0).permutation(len(held_out))[:64]]
+    held_out = [generator.draw(held_out, keys[i:i + 16])[:2] for i in range(0, len(keys), 16)]
+
+    def predict(slices, conditions):
+        """-> predicted and true patches, and those of the slice before, (B, S - 2, R*K, p*p)."""
+        predicted = generator.patch_conditions(slices, conditions)[:, :, :, 0].flatten(3)
+        patches = connectors.patch(slices[:, 1:], 14).flatten(2, 3)
+        return predicted, patches[:, 1:], patches[:, :-1]
+
+    parameters = [p for name, p in generator.trained().items() if not name.startswith("velocity")]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-3)
+    for step in range(1, int(steps) + 1):
+        rows = np.random.default_rng([int(seed), step - 1]).integers(len(train), size=16)
+        predicted, true, _ = predict(*generator.draw(train, [(step - 1, int(i)) for i in rows])[:2])
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 50)
+        optimizer.zero_grad()
+        (predicted - true).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 75 == 0 or step == int(steps):
+            with torch.no_grad():
+                found = [torch.cat(part).double() for part in zip(*(predict(*batch) for batch in held_out))]
+            structure = torch.stack([(x - x.mean(-1, keepdim=True)).flatten() for x in found])
+            R = torch.corrcoef(structure)[1]
+            print(f"{kind}, seed {seed}, step {step}: error {(found[0] - found[1]).square().mean():.4f}, R {R[0]:.3f}, of a copy {R[2]:.3f}", flush=True)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("compare", "regress", "layout", "draws", "loader"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("compare", "regress", "layout", "draws", "loader", "start"):
         sys.exit(__doc__)
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,6 +1,6 @@
 """What only a GPU can show, in one command and under ten minutes, from a clone with nothing downloaded but packages:
 
-    python -m pytest tests/test_cuda.py -q -s           # -s: the figures of the 8B model
+    python -m pytest tests/test_cuda.py -q -s -n 0           # -s: the figures of the 8B model
 
 Commands run as users run them, on tiny models; the CPU's numbers are the reference. test_fake_cuda.py emulates the same on a CPU."""
 import json

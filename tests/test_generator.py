@@ -332,7 +332,10 @@ def test_the_start_of_a_reference():
         std = 0.02 if name.endswith("proj.weight") else 0.0
         if name.startswith("backbone.layers.") and "norm" not in name:
             assert p.std().item() == pytest.approx(std, rel=0.05), name
-            std = 128**-0.5 if name.endswith("weight") else 1.5 if name.endswith(("q_proj.bias", "k_proj.bias")) else 0.0
+            if name.endswith("weight"):
+                std = 128**-0.5
+            elif name.endswith(("q_proj.bias", "k_proj.bias")):
+                std = 1.5
             assert wide[name].std().item() == pytest.approx(std, rel=0.05 if p.dim() == 2 else 0.25), name
         elif not name.startswith("velocity."):
             assert torch.equal(wide[name], p), name

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -315,6 +316,10 @@ def test_compiled_blocks(base, monkeypatch):
             found.append([nll, *torch.autograd.grad(nll.mean(), [p for p in model.parameters() if p.requires_grad])])
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]        # of two blocks: before and after attention
+    models[1].eval()
+    with torch.no_grad():
+        assert torch.allclose(token_nll(models[1], ids, lengths), token_nll(models[0].eval(), ids, lengths), atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 4                        # and in a validation
 
 
 def test_compiled_model_is_saved_and_merged(base, tmp_path):
@@ -333,6 +338,7 @@ def test_compiled_model_is_saved_and_merged(base, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours(tmp_path / "merged").parameters(), strict=True))
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: apt install g++")
 def test_compiled_dropout(base):
     """Dropout that the compiled backward pass draws again is the forward pass's; a seed decides."""
     model = ours(base)

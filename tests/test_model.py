@@ -656,3 +656,11 @@ def test_activation_checkpointing_changes_nothing(pair):
         results.append((loss.item(), [p.grad.clone() for p in ours.parameters() if p.requires_grad], sum(kept)))
     (a, g, many), (b, h, few) = results
     assert a == b and all(torch.equal(x, y) for x, y in zip(g, h, strict=True)) and few < many / 2
+
+
+@pytest.mark.parametrize("T, S, causal, masked", [(7, 7, True, False), (7, 7, False, False), (3, 9, False, True), (1, 9, False, True), (1, 9, False, False)])
+def test_fused_attention_is_attention(T, S, causal, masked):
+    """What a GPU takes, query heads that share a key head and masks included, gives what a CPU multiplies out."""
+    q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 8)
+    mask = (torch.arange(S) < torch.tensor([S, S - 2]).view(2, 1, 1, 1)).expand(2, 1, T, S) if masked else None
+    torch.testing.assert_close(nano.attend_fused(q, k, v, mask, causal, 0.0), nano.attend(q, k, v, mask, causal), atol=1e-5, rtol=1e-5)

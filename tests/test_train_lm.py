@@ -440,7 +440,7 @@ def test_refusals(tiny, undisturbed, tmp_path, capfd):
                         ("--checkpoint-every", "0"), ("--epochs", "two")):
         message = error(flag, value)
         assert f"argument {flag}: {value!r} is not" in message and "number" in message
-    assert "never to be trained on" in error("--subset", "control") and "--min-lr 0.1 is above --lr 0.01" in error("--lr", "0.01", "--min-lr", "0.1")
+    assert "never to be trained on" in error("--subset", "control") and "--min-lr 0.1 is above --lr 0.01: lower" in error("--lr", "0.01", "--min-lr", "0.1")
     assert "at most 4096" in error("--rank", "100000")
     assert "'lm_head'" in error("--lora", "q_proj,lm_head") and "''" in error("--lora", "q_proj,")
     assert not list((tmp_path / "new").glob("checkpoint*"))
