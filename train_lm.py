@@ -941,26 +941,22 @@ def train_tokenizer(texts):
     return tokenizer
 
 
-def train_base(tokenizer, texts, seconds):
-    """-> a small model, trained on `texts` for so many seconds."""
+def train_base(tokenizer, texts, steps):
+    """-> a small model, trained on `texts` for so many steps."""
     torch.manual_seed(0)
     base = CausalLM(Config("llama", tokenizer.get_vocab_size(), 192, 512, 4, 6, 2, 32,
                            max_position_embeddings=2048, bos_token_id=0, eos_token_id=1))
     init_weights(base)
     optimizer = torch.optim.AdamW(base.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    bar = tqdm(total=seconds, desc="base", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
-    step = 0
-    while bar.n < seconds:
+    bar = tqdm(range(steps), desc="base", unit="step")
+    for step in bar:
         rows = data_arxiv.batch_rows(len(texts), 8, 0, step)
         sequences = [data_arxiv.encode(tokenizer, texts[r], 0, 1) for r in rows]
         loss = token_nll(base, *data_arxiv.collate(sequences)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
-        bar.n = min(time.time() - bar.start_t, seconds)
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
     return base
 
 
@@ -972,11 +968,11 @@ def demo(args):
     data_arxiv.synthesize(out / "snapshot.jsonl", records=6000, seed=0)
     data_arxiv.prepare(out / "snapshot.jsonl", out / "data")
 
-    print("2. A tokenizer and a small base model, trained for 40 seconds on every category, with "
-          "little hep-th among them", flush=True)
+    print("2. A tokenizer and a small base model, trained on every category, with little hep-th "
+          "among them", flush=True)
     texts = data_arxiv.load(out / "data", "hep-th:0.1+hep-ph+gr-qc+q-bio+cs", "train")[1]
     tokenizer = train_tokenizer(texts)
-    save_pretrained(train_base(tokenizer, texts, seconds=40), out / "base")
+    save_pretrained(train_base(tokenizer, texts, steps=220), out / "base")
     with writing(out / "base" / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
 

@@ -203,7 +203,7 @@ WRONG = [
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"), ({"mlp_bias": True}, "mlp_bias"), ({"sliding_window": 4096}, "sliding_window 4096"),
     ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types"), ({"is_causal": False}, "is_causal"),
     ({"attention_multiplier": 0.1}, "attention_multiplier"), ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}}, "bitsandbytes .8 bit")]
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}}, "bitsandbytes (8 bit")]
 
 
 @pytest.mark.parametrize("change, named", WRONG)
