@@ -222,7 +222,7 @@ def read_21cmfast(path, f):
     cell = settings.get("BOX_LEN", settings.get("LOWRES_CELL_SIZE_MPC", 1.5) * side) / side
     if side != image.shape[0] or not 0 < cell < np.inf:
         raise ValueError(f"{path}: cells of {cell:g} Mpc, HII_DIM {side}, but the cube is "
-                         f"{image.shape[0]} wide")
+                         f"{image.shape[0]} wide: simulate it again")
     distances = f.get("lightcone_distances", f.get("distances"))                         # v4, v3
     if distances is None:                          # up to 3.3.1: cells are cubes, from `redshift`
         start = comoving_distance(f.attrs["redshift"], parameters[1], assumed(cosmology)[0])
@@ -425,8 +425,8 @@ def check_cube(path, cube, z, history):
         raise ValueError(f"{path}: no voxel is above {highest:.3g} mK: is it in kelvin, or empty?")
     mean = np.abs(cube.mean(axis=(1, 2))).max()         # the deepest absorption is some -250 mK
     if mean > 500:
-        raise ValueError(f"{path}: a slice of {mean:.4g} mK on average: is it in another unit, or "
-                         "filled up?")
+        raise ValueError(f"{path}: a slice of {mean:.4g} mK on average: is it in another unit "
+                         "(convert it to mK), or filled up (leave it out)?")
     dead = ~cube.any(axis=(1, 2)) & neutral
     if history is not None and dead.any():
         raise ValueError(f"{path}: unfinished: {dead.sum()} slices up to z = {z[dead][0]:.1f} are "

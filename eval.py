@@ -99,7 +99,7 @@ from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (TOKENIZER_FILES, bos_eos, fetch, generate as generate_text, load_config,
                    load_pretrained, load_tokenizer, new_directory, no_links_out,
-                   note as note_once, token_nll)
+                   note as note_once, printable, token_nll)
 from quant import NF4Linear
 
 
@@ -141,11 +141,6 @@ def interval(s, digits=3):
     if s["low"] is None:
         return f"{s['mean']:.{digits}f}"
     return f"{s['mean']:.{digits}f} [{s['low']:.{digits}f}, {s['high']:.{digits}f}]"
-
-
-def printable(text):
-    """The text without control characters, which a terminal would obey; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
 
 
 def print_table(title, header, rows, digits=3):
@@ -731,22 +726,12 @@ def read_modules(directory):
     return weights, modes, "Normalize" in kinds, text
 
 
-def load_encoder(source, device="cpu"):
-    """A directory or hub id of a BERT or MPNet sentence encoder in safetensors -> Encoder.
+def encoder_tokenizer(directory, lower_case):
+    """-> an encoder's tokenizer, which neither pads nor cuts, and how its own files would cut: side
+    and length (None: they do not say). ValueError where two of them disagree.
 
-    Raises ValueError for what is none, or is not computed here."""
+    lower_case: whether the text is to be lower-cased first."""
     from tokenizers import Tokenizer, normalizers
-    directory, modes, normalised, text = read_modules(fetch(
-        source, ["*.json", "*/*.json", "model.safetensors", "*/model.safetensors"]))
-    config = read_json(directory / "config.json")
-    kind = str(config.get("model_type"))
-    if kind not in LAYER:
-        raise ValueError(f"{source} is a {kind}: only BERT and MPNet encoders are computed here")
-    for key, computed in {"hidden_act": "gelu", "position_embedding_type": "absolute",
-                          "is_decoder": False, "relative_attention_num_buckets": 32}.items():
-        if config.get(key, computed) != computed:
-            raise ValueError(f"{directory}/config.json: {key} {config[key]!r} is not computed "
-                             "here: choose another --encoder")
     words = read_json(directory / "tokenizer_config.json", {})
     with reading(directory / "tokenizer.json", "get the encoder again") as path:
         content = path.read_text(encoding="utf-8")
@@ -763,20 +748,39 @@ def load_encoder(source, device="cpu"):
         tokenizer.no_truncation()
         if len(tokenizer.encode("a").ids) < 3:                # some damage shows only here
             raise ValueError("it puts no [CLS] before a text, or no [SEP] behind it")
-        if text.get("do_lower_case"):
+        if lower_case:
             own = [tokenizer.normalizer] if tokenizer.normalizer else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        last = torch.tensor([[max(tokenizer.get_vocab().values())]])
+    side = words.get("truncation_side") or cut.get("direction", "right")
+    return tokenizer, side, words.get("model_max_length")
+
+
+def load_encoder(source, device="cpu"):
+    """A directory or hub id of a BERT or MPNet sentence encoder in safetensors -> Encoder.
+
+    Raises ValueError for what is none, or is not computed here."""
+    directory, modes, normalised, text = read_modules(fetch(
+        source, ["*.json", "*/*.json", "model.safetensors", "*/model.safetensors"]))
+    config = read_json(directory / "config.json")
+    kind = str(config.get("model_type"))
+    if kind not in LAYER:
+        raise ValueError(f"{source} is a {kind}: only BERT and MPNet encoders are computed here")
+    for key, computed in {"hidden_act": "gelu", "position_embedding_type": "absolute",
+                          "is_decoder": False, "relative_attention_num_buckets": 32}.items():
+        if config.get(key, computed) != computed:
+            raise ValueError(f"{directory}/config.json: {key} {config[key]!r} is not computed "
+                             "here: choose another --encoder")
+    tokenizer, side, own_length = encoder_tokenizer(directory, text.get("do_lower_case"))
+    last = torch.tensor([[max(tokenizer.get_vocab().values())]])
     with reading(directory / "model.safetensors", "get the encoder again, in safetensors") as path:
         tensors = {name.removeprefix(f"{kind}."): t.float() for name, t in load_file(path).items()}
         for name, t in tensors.items():
             if not t.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
         room = len(tensors["embeddings.position_embeddings.weight"]) - FIRST_POSITION[kind]
-        longest = text.get("max_seq_length") or words.get("model_max_length") or room
+        longest = text.get("max_seq_length") or own_length or room
         if longest < 3:                                       # [CLS], a word, [SEP]
             raise ValueError(f"the longest text is said to be {longest!r} tokens")
-        side = words.get("truncation_side") or cut.get("direction", "right")
         tokenizer.enable_truncation(int(min(longest, room)), direction=side)
         encoder = Encoder(config, tensors, tokenizer, modes, normalised)
         encode_sentences(encoder, last, last >= 0)            # names, shapes, vocabulary fit

@@ -115,11 +115,15 @@ def new_directory(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def printable(text):
+    """The text without control characters, which a terminal would obey; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
+
+
 @functools.cache
 def note(message):
-    """Print it to stderr, once in a process."""
-    printable = "".join(c if c.isprintable() else "?" for c in message)
-    print(f"note: {printable}", file=sys.stderr)
+    """Print it to stderr, once in a process, as one line."""
+    print(f"note: {' '.join(printable(message).split())}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,9 +353,9 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     long forward and backward."""
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    R = H // G                              # query heads that share a key head: one product for all
     if q.device.type != "cpu" or T * S > 512 * 512:
         return attend_fused(q, k, v, mask, causal, dropout)
+    R = H // G                              # query heads that share a key head: one product for all
     q = (q * D ** -0.5).reshape(B * G, R * T, D)
     k = k.reshape(B * G, S, D)
     v = v.reshape(B * G, S, D)
@@ -380,12 +384,11 @@ def attend_fused(q, k, v, mask, causal, dropout):
     G = k.shape[1]
     R = H // G
     if causal:
-        shared = R > 1
-        if shared and q.dtype.itemsize > 2 and q.device.type != "cpu":
-            k, v = (t.repeat_interleave(R, dim=1) for t in (k, v))
-            shared = False
+        if q.dtype.itemsize > 2 and q.device.type != "cpu":
+            k = k.repeat_interleave(R, dim=1)
+            v = v.repeat_interleave(R, dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
-                                              enable_gqa=shared)
+                                              enable_gqa=k.shape[1] < H)
     if mask is not None and T > 1:
         mask = mask.repeat(1, 1, R, 1)                        # (B or 1, 1, R*T, S)
     q = q.reshape(B, G, R * T, D)
