@@ -109,7 +109,8 @@ def arguments(argv=None):
         "regress", help="six parameters from the sky-averaged signal", formatter_class=Help,
         description="Regress the six parameters of a lightcone from its sky-averaged 21cm signal.")
     shared_flags(r, "lightcones", batch=1024, epochs="1500; references 40000", warmup=100,
-                 decay=100, dropout=0.001, micro="its whole share", checkpoint=500)
+                 decay=100, dropout=0.001, micro="", checkpoint=500)
+    r.set_defaults(micro_batch=512)                           # Qwen2.5-0.5B: 24 GB of a GPU
     add = r.add_argument
     add("--prompt", choices=list(PROMPTS), default="minimal",
         help="what surrounds the signal; the chat prompts need a base that knows ChatML")
@@ -125,7 +126,8 @@ def arguments(argv=None):
                     "flow matching.")
     shared_flags(g, f"sublightcones ({WINDOW} slices)", batch=64, epochs="20", warmup=1, decay=2,
                  dropout=0.01, checkpoint=200,
-                 micro=f"about {PATCHES['cuda']} patches of 14 x 14; on a CPU {PATCHES['cpu']}")
+                 micro=f" (default: about {PATCHES['cuda']} patches of 14 x 14; on a CPU "
+                       f"{PATCHES['cpu']})")
     add = g.add_argument
     add("--tune", choices=["full", "lora"],
         help="of the backbone: all its weights, or adapters on all seven projections and the norms "
@@ -167,8 +169,8 @@ def shared_flags(q, unit, batch, epochs, warmup, decay, dropout, micro, checkpoi
     add("--data", default="data/lightcones", help="a store of data_lightcone.py; to regress also "
                                                   "an .npz of signals")
     add("--batch-size", type=count, default=batch, help=f"{unit} a step, over all processes")
-    add("--micro-batch", type=count, help=f"{unit} in one pass of a process (default: {micro}); "
-                                          "lower it if memory runs out")
+    add("--micro-batch", type=count,
+        help=f"{unit} in one pass of a process{micro}; lower it if memory runs out")
     add("--epochs", type=count, help=f"passes over the training set (default: {epochs})")
     add("--max-steps", type=count,
         help="end after so many steps; warm-up and decay shrink in proportion")
@@ -409,10 +411,9 @@ def regress(args, seed, rank, world, device, stop):
     epoch_steps = math.ceil(samples / args.batch_size)
     steps = count_steps(samples, args)
     validate_every = max(1, round(epoch_steps * args.validate_every))
-    micro_batch = args.micro_batch or args.batch_size
     x, y = train.signals.to(device), train.parameters.to(device)
     held_x, held_y = held.signals.to(device), held.parameters.to(device)
-    held_parts = cut(torch.arange(rank, len(held_x), world, device=device), micro_batch)
+    held_parts = cut(torch.arange(rank, len(held_x), world, device=device), args.micro_batch)
 
     def losses(parts, through):
         """through: with gradients through the backbone."""
@@ -438,7 +439,7 @@ def regress(args, seed, rank, world, device, stop):
 
             began = time.perf_counter()
             rows = batch_rows(samples, args.batch_size, seed, step) % len(x)
-            mine = cut(torch.from_numpy(rows[rank::world]).to(device), micro_batch)
+            mine = cut(torch.from_numpy(rows[rank::world]).to(device), args.micro_batch)
             what = name_step(step, [train.names[r] for r in rows])
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             # First what feeds the backbone, then, with new gradients, what reads it: that needs no
@@ -581,7 +582,7 @@ def estimate(args, device, dtype, sky):
     # A GPU's attention is fused and keeps no scores for the backward pass, like a CPU's without
     # dropout.
     config.attention_dropout = args.dropout if device == "cpu" else 0.0
-    rows = min(args.micro_batch or args.batch_size, args.batch_size)
+    rows = min(args.micro_batch, args.batch_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         backbone = Decoder(config).requires_grad_(reference)
         backbone.checkpoint_activations = args.checkpoint_activations

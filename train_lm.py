@@ -179,7 +179,8 @@ def train(args):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             torch.manual_seed(step_seed(args.seed, step, rank))             # for dropout
             rows = data_arxiv.batch_rows(len(texts), args.batch_size, args.seed, step)
-            mine = [data_arxiv.encode(tokenizer, texts[r], bos, eos) for r in rows[rank::world]]
+            mine = [data_arxiv.encode(tokenizer, texts[r], bos, eos)
+                    for r in share(rows, texts, rank, world)]
             parts = micro_batches(mine, args.micro_batch, device)
             nll = (token_nll(model, *part) for part in parts)
             what = f"step {step + 1} (abstracts {', '.join(ids[r] for r in rows)})"
@@ -326,6 +327,14 @@ def compile_blocks(model):
 def step_seed(*key):
     """A seed for torch that is a function of numbers such as (seed, step, rank)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def share(rows, texts, rank, world):
+    """This process's rows of a batch, in its order: dealt from the longest text on, forth and back,
+    so that all have as many tokens to do (of three processes the slowest had 8% more)."""
+    longest = sorted(range(len(rows)), key=lambda i: -len(texts[rows[i]]))
+    turns = (rank, 2 * world - 1 - rank)
+    return [rows[i] for i in sorted(i for k, i in enumerate(longest) if k % (2 * world) in turns)]
 
 
 def micro_batches(sequences, size, device):

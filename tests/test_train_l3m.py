@@ -414,6 +414,12 @@ def test_dry_run_memory(capsys):
     assert estimates[1] < 0.6 * estimates[0]
 
 
+@pytest.mark.parametrize("prompt", ["minimal", "chat"])
+def test_the_papers_batch_fits_a_gpu_of_40_gb(prompt, capsys):
+    train_l3m.main(["regress", "--dry-run", "--base", "qwen2.5-0.5b", "--device", "cuda", "--data", "nowhere", "--prompt", prompt])
+    assert 15 < json.loads(capsys.readouterr().out)["memory_gb"] < 30
+
+
 def test_demo(tmp_path, monkeypatch, capfd):
     """The demo's path with fewer lightcones and steps; as it is, it takes three minutes of CPU."""
     simulate, call = data_lightcone.simulate, train_l3m.part
