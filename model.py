@@ -345,6 +345,12 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def spare(n, x, unit=64):
+    """How many to add to n tokens so that their numbers are few: on a CPU, each new shape of a
+    16-bit product is compiled, and kept (of thousands, gigabytes)."""
+    return -n % unit if x.device.type == "cpu" and x.dtype.itemsize == 2 else 0
+
+
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """softmax(q k^T / sqrt D) v -> (B, H, T, D).
 
@@ -429,8 +435,13 @@ class Attention(nn.Module):
         else:                       # each sequence attends to itself alone: no mask, no padding
             if cache is not None:
                 cache.fill(layer, k, v, lengths)
-            parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
-            y = torch.cat([attend(*qkv, causal=causal, dropout=drop) for qkv in parts], dim=2)
+            parts = []
+            for n, *qkv in zip(lengths, *(t.split(lengths, dim=2) for t in (q, k, v))):
+                more = spare(n, q, 32) * causal               # behind: nothing sees them
+                if more:
+                    qkv = [F.pad(t, (0, 0, 0, more)) for t in qkv]
+                parts.append(attend(*qkv, causal=causal, dropout=drop)[:, :, :n])
+            y = torch.cat(parts, dim=2)
         return y.transpose(1, 2).flatten(2)                              # -> (B, n, H*D)
 
 
@@ -518,9 +529,13 @@ class Decoder(nn.Module):
                 raise ValueError("lengths need one row, without last_only or a cache that is in "
                                  f"use, and must sum to its {T} tokens; got {B} rows and the sum "
                                  f"{sum(lengths)}")
+            more = spare(T, x)
+            if more:                                          # a sequence of zeros, cut off below
+                x = F.pad(x, (0, 0, 0, more))
+                lengths.append(more)
             positions = to_device(torch.cat([torch.arange(n) for n in lengths]), x.device)
         frequencies = rope_frequencies(self.config, x.device)
-        angle = positions.reshape(-1, 1, T, 1) * frequencies              # (B or 1, 1, T, D/2)
+        angle = positions.reshape(-1, 1, x.shape[1], 1) * frequencies     # (B or 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)
         rope = [f(angle).to(x.dtype) for f in (torch.cos, torch.sin)]
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
@@ -532,8 +547,8 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, *context)
         if cache is not None:
-            cache.grow(T if lengths is None else lengths)
-        return self.norm(x)
+            cache.grow(T if lengths is None else lengths[:len(cache.lengths)])
+        return self.norm(x)[:, :T]
 
 
 class CausalLM(nn.Module):
@@ -610,12 +625,14 @@ def token_nll(model, ids, lengths):
     hidden = model.model(ids[None], lengths=lengths)[0]                   # (T, C)
     first = torch.zeros(len(ids) + 1, dtype=torch.bool)
     first[torch.tensor([0] + lengths).cumsum(0)] = True
-    at = to_device((~first[1:]).nonzero()[:, 0], ids.device)
-    hidden = hidden.index_select(0, at)           # a sequence's last token predicts nothing
+    at = (~first[1:]).nonzero()[:, 0]             # a sequence's last token predicts nothing
+    N = len(at)
+    at = to_device(F.pad(at, (0, spare(N, hidden))), ids.device)
+    hidden = hidden.index_select(0, at)
     targets = ids.index_select(0, at + 1)
     if model.lm_head.weight.requires_grad:
-        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
-    return ChunkedNLL.apply(hidden, model.lm_head.weight, targets)
+        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")[:N]
+    return ChunkedNLL.apply(hidden, model.lm_head.weight, targets)[:N]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -639,7 +656,7 @@ class KVCache:
         """Store k, v (1, G, T, D) of sequences laid end to end, each in its own row of the empty
         cache."""
         for cache, new in ((self.k, k), (self.v, v)):
-            for row, part in zip(cache[layer], new[0].split(lengths, dim=1), strict=True):
+            for row, part in zip(cache[layer], new[0].split(lengths, dim=1)):
                 row[:, :part.shape[1]] = part
 
     def update(self, layer, k, v):
@@ -652,6 +669,7 @@ class KVCache:
         if size < S:
             raise ValueError(f"the key-value cache has {size} slots and would need {S}; make it "
                              "larger")
+        S = min(S + spare(S, k), size)
         if layer == 0:                                        # the same for all layers
             self.slots = self.lengths[:, None] + torch.arange(T, device=k.device)     # (B, T)
             self.mask = torch.arange(S, device=k.device) <= self.slots[:, None, :, None]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,6 +159,46 @@ def test_token_nll(pair):
     target, weight = torch.randint(0, 50, (600,)), torch.rand(600)
     plain = torch.autograd.grad((F.cross_entropy(x @ W.T, target, reduction="none") * weight).sum(), x)[0]
     close(torch.autograd.grad((ChunkedNLL.apply(x, W, target) * weight).sum(), x)[0], plain)
+
+
+def test_shapes_recur(monkeypatch):
+    """In 16 bit on a CPU each new shape of a product is compiled and kept, 1,024 of them: lengths that differ in every step must not make new ones."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.__name__.split(".")[0] in ("mm", "bmm", "addmm", "baddbmm"):
+                self.seen.add((function.__name__, *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+            return function(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    network = nano.CausalLM(nano.Config("llama", 300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1))
+    nano.init_weights(network)
+    network = network.to(torch.bfloat16)
+    network.lm_head.requires_grad_(False)
+
+    def work(steps):
+        rng = np.random.default_rng(0)
+        shapes, losses = Shapes(), []
+        shapes.seen = set()
+        network.zero_grad()
+        with shapes:
+            for _ in range(steps):
+                lengths = rng.integers(20, 200, 4).tolist()
+                nll = token_nll(network, torch.from_numpy(rng.integers(2, 300, sum(lengths))), lengths)
+                assert len(nll) == sum(lengths) - 4
+                nll.sum().backward()
+                losses.append(nll.sum().item())
+            new = generate(network, [[5] * n for n in (7, 12, 30)], 70, temperature=0)
+        return losses, torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).double(), new, len(shapes.seen)
+
+    losses, gradient, new, few = work(6)
+    many = work(16)[3]
+    monkeypatch.setattr(nano, "spare", lambda n, x, unit=64: 0)
+    plain_losses, plain_gradient, plain_new, plain = work(6)
+    assert losses == pytest.approx(plain_losses, rel=1e-4) and new == plain_new
+    assert (gradient - plain_gradient).norm() < 0.01 * plain_gradient.norm()
+    assert few < 0.3 * plain and many < 0.25 * work(16)[3]
 
 
 def test_attention_dropout(pair):
