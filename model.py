@@ -705,7 +705,7 @@ def sample_token(logits, uniform, temperature, top_k):
     if temperature == 0:
         return logits.argmax(-1)
     top, index = logits.topk(min(top_k, logits.shape[-1]))
-    cumulative = F.softmax(top / temperature, dim=-1).cumsum(-1)          # (B, top_k)
+    cumulative = F.softmax(top.float() / temperature, dim=-1).cumsum(-1)  # (B, top_k)
     pick = (cumulative < uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
     return index.gather(1, pick).squeeze(1)
 
@@ -738,7 +738,7 @@ def generate(model, prompts, max_new_tokens=256, temperature=0.7, top_k=50, eos=
     new = [[] for _ in prompts]
     running = list(range(len(prompts)))              # the prompt that each row continues
     for step in range(max_new_tokens):
-        logits = model.lm_head(hidden).float()                            # (B, vocab)
+        logits = model.lm_head(hidden)                                    # (B, vocab)
         token = sample_token(logits, uniform[:, step, None], temperature, top_k)
         going = []
         for row, t in enumerate(token.tolist()):     # the only wait in a step in which none ends
