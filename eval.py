@@ -92,9 +92,9 @@ from connectors import (GIVEN, coverage, gaussian_nll, joint_coverage, load_gene
 import data_arxiv
 from data_arxiv import bounded, lock, one_line, reading, writing
 from data_lightcone import (BINS, CELL, COLOURS, DIGITS, PARAMETERS, PRIORS, SYMBOLS, UNITS,
-                            GlobalSignals, SubLightcones, colour_bar, denormalise, eor_colours,
-                            figure, in_words, name_of as lightcone_name, normalise,
-                            power_spectrum, read_lightcone, read_store, split_names)
+                            GlobalSignals, SubLightcones, colour_bar, denormalise, difference,
+                            eor_colours, figure, in_words, name_of as lightcone_name, normalise,
+                            power_spectrum, read_lightcone, read_store, setting_of, split_names)
 from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (TOKENIZER_FILES, bos_eos, fetch, generate as generate_text, load_config,
@@ -522,7 +522,10 @@ def read_completions(path):
             of_model = models.setdefault(record["model"], {})
             if of_model.setdefault(record["id"], record) is not record:
                 raise ValueError(f"a second completion of {record['id']} by {record['model']}")
-            models["truth"][record["id"]] = record | {"completion": record["truth"]}
+            true = record | {"completion": record["truth"]}
+            was = models["truth"].setdefault(record["id"], true)
+            if (was["prompt"], was["completion"]) != (true["prompt"], true["completion"]):
+                raise ValueError(f"{record['id']} had another prompt or truth before")
     if not models["truth"]:
         raise ValueError(f"{path} holds no completion: {ADVICE}")
     return models
@@ -696,7 +699,7 @@ def read_modules(directory):
         note_once(f"{directory} has no modules.json: the mean over tokens is taken, as "
                   "sentence-transformers does")
     with reading(directory / "modules.json"):
-        kinds = [m["type"].rpartition(".")[2] for m in modules]
+        kinds = [re.sub(r"^sentence_transformers\..*\.", "", m["type"]) for m in modules]
         if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:
             raise ValueError(f"{', '.join(kinds)}: only Transformer, Pooling and Normalize, in "
                              "this order, are computed here")
@@ -859,7 +862,8 @@ def embed(encoder, texts, most=4096):
         hidden = encode_sentences(encoder, ids.clamp(min=0).to(device), mask.to(device))
         return pool(hidden.cpu(), mask, encoder.pooling)
 
-    sequences = [torch.tensor(e.ids) for e in encoder.tokenizer.encode_batch(list(texts))]
+    with reading("tokenizer.json", "choose another --encoder"):
+        sequences = [torch.tensor(e.ids) for e in encoder.tokenizer.encode_batch(list(texts))]
     result = torch.stack(in_batches(compute, sequences, most, "embeddings"))
     if not result.isfinite().all():
         raise ValueError("the encoder gives numbers that are not finite: choose another --encoder")
@@ -1288,19 +1292,23 @@ def draw_intervals(rows, columns, name):
 
 
 def draw_losses(rows, name):
-    """Training losses, a panel for each choice of adapted matrices, smoothed within each epoch."""
+    """Losses, a panel for each choice of adapted matrices: in training, smoothed within each epoch,
+    and circles for those of validations."""
     kinds = list(dict.fromkeys(row["lora"] for row in rows))
     size = (1.5 + 3.5 * len(kinds), 3.6)
     with figure(name, 1, len(kinds), size, sharex=True, sharey=True, squeeze=False) as axes:
         for kind, ax in zip(kinds, axes[0]):
             here = [row for row in rows if row["lora"] == kind]
             for i, row in enumerate(here):
-                draw_curves(ax, [row["run"]], "epoch", "loss", style_of(i), row["name"], 0.02)
+                look = style_of(i)
+                draw_curves(ax, [row["run"]], "epoch", "loss", look, row["name"], 0.02)
+                draw_curves(ax, [row["run"]], "epoch", "validation_loss",
+                            look | {"ls": "none", "marker": "o", "mfc": "none"}, "")
             ax.set(title=f"LoRA on {kind}", xlabel="epoch")
             ax.locator_params(axis="x", integer=True)         # the grid shows where epochs end
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
-        axes[0, 0].set_ylabel("training loss [nats a token]")
+            ax.legend(fontsize=8, title="lines: training, circles: validation", title_fontsize=7)
+        axes[0, 0].set_ylabel("loss [nats a token]")
 
 
 CARD = """---
@@ -1795,11 +1803,10 @@ def read_own(path, settings, data):
         name = lightcone_name(lightcone.seed, lightcone.parameters, cube.shape[:2], content=cube)
         if name in names["train"] + names["validation"]:
             notes.append("the run was trained on this very lightcone, or chosen by it")
-        end = lightcone.redshifts[-1]
-        theirs = store.redshifts[0, -1]
-        if abs(end - theirs) > 0.05:
-            notes.append(f"it ends at z = {end:.2f}, the training lightcones at {theirs:.2f}: "
-                         "every value of the signal is at another redshift")
+        own = setting_of(lightcone)._replace(bins=store.T, sky=store.sky, cell_sky=store.cell_sky,
+                                             cell_los=store.cell_los)     # its cells may be others
+        if why := difference(own, store.setting):
+            notes.append(f"{why}: the run was trained on others")
     else:
         notes.append(f"{data} is not there or no store: {depth:.0f} Mpc from z = 5 on are assumed, "
                      "as the paper's lightcones have them")

@@ -170,7 +170,7 @@ def train(args):
                 if losses is None:
                     stopping = True
                 else:
-                    best = keep_best(run, bar, model, step, losses, best)
+                    best = keep_best(run, bar, model, step, step / epoch_steps, losses, best)
             if stopping or step == steps:
                 break
 
@@ -371,16 +371,17 @@ def validate(model, held_out, micro_batch, rank, world, stop):
     return losses
 
 
-def keep_best(run, bar, model, step, losses, best):
+def keep_best(run, bar, model, step, epoch, losses, best):
     """Log a validation and, if it is the best so far, keep its adapter -> the best."""
-    run.log({"step": step, **losses})
+    record = {"step": step, "epoch": round(epoch, 4), **losses}
+    run.log(record)
     if run.first:
         bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
     if best and best["validation_loss"] <= losses["validation_loss"]:
         return best
     if run.first:
         save_adapter(model, run.out / "adapter-best", run.settings["base"])
-    return {"step": step, **losses}
+    return record
 
 
 def say(run, text):
