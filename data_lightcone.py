@@ -109,7 +109,7 @@ def hydrogen(h=HUBBLE, Ob=OMEGA_B):
 
 def comoving_distance(z, Om, h=HUBBLE):
     """Comoving distance to redshift z (array or number) in Mpc."""
-    grid = np.linspace(0, 45, 9001)
+    grid = np.linspace(0, 100, 20001)
     f = LIGHT_SPEED / hubble(grid, Om, h) / MPC
     steps = (f[1:] + f[:-1]) / 2 * np.diff(grid)
     return np.interp(z, grid, np.concatenate([[0], np.cumsum(steps)]))
@@ -117,7 +117,7 @@ def comoving_distance(z, Om, h=HUBBLE):
 
 def redshift_at(distance, Om, h=HUBBLE):
     """The inverse of `comoving_distance`."""
-    grid = np.linspace(0, 45, 9001)
+    grid = np.linspace(0, 100, 20001)
     return np.interp(distance, comoving_distance(grid, Om, h), grid)
 
 
@@ -174,8 +174,8 @@ def read_lightcone(path, bins=BINS, cube=True):
     the file is broken, of no known format, unfinished, or made with settings under which the six
     parameters do not mean what they mean here."""
     with reading(path, "if it is truncated or damaged, copy it again") as path:
-        if path.is_dir():
-            raise ValueError(f"{path}: is a directory")
+        if not path.is_file():
+            raise ValueError(f"{path}: is {'a directory' if path.is_dir() else 'no file'}")
         with open(path, "rb") as f:
             magic = f.read(8)
         if magic.startswith(b"\x89HDF"):
@@ -194,7 +194,9 @@ PAPER_OPTIONS = {"INHOMO_RECO": (False,), "RECOMB_MODEL": ("none",), "CELL_RECOM
                  "PHOTON_CONS": (False,), "PHOTON_CONS_TYPE": ("no-photoncons",),
                  "POWER_SPECTRUM": (0, "EH"), "HMF": (1, "ST"), "USE_RELATIVE_VELOCITIES": (False,),
                  "USE_CMB_HEATING": (True,), "USE_LYA_HEATING": (True,), "APPLY_RSDS": (True,),
-                 "SUBCELL_RSD": (False,), "X_RAY_SPEC_INDEX": (1,), "F_STAR10": (-1.3,)}
+                 "SUBCELL_RSD": (False,), "X_RAY_SPEC_INDEX": (1,), "F_STAR10": (-1.3,),
+                 "NU_X_BAND_MAX": (2000,), "HII_FILTER": (1, "sharp-k"),
+                 "LYA_MULTIPLE_SCATTERING": (False,)}
 
 
 def read_21cmfast(path, f):
@@ -207,22 +209,24 @@ def read_21cmfast(path, f):
         raise ValueError(f"{path}: HDF5, but not a 21cmFAST v3 or v4 lightcone (no astro_params)")
     settings = {}
     for group in inputs.values():
-        settings |= group.attrs
+        for name, value in group.attrs.items():       # also "False", b"False", [False] of others
+            word = str(value).strip("b'[]")
+            settings[name] = {"True": True, "False": False}.get(word, value)
     parameters, notes = parameters_21cmfast(path, settings, v4)
     options = [f"{name} {settings[name]}" for name, values in PAPER_OPTIONS.items()
                if name in settings and settings[name] not in values]
     if settings.get("USE_SIGMA_8"):
         settings.setdefault("SIGMA_8", settings.get("ps_norm", np.nan))
-    cosmology = [settings.get(key, np.nan) for key in COSMOLOGY_KEYS]
-    if abs(settings.get("wl", -1) + 1) > 0.002:
-        raise ValueError(f"{path}: made with dark energy of w = {settings['wl']:g}, not flat LCDM")
+    cosmology = [float(settings.get(key, np.nan)) for key in COSMOLOGY_KEYS]
+    for key, flat in (("wl", -1), ("OMk", 0)):
+        if abs(settings.get(key, flat) - flat) > 0.002:
+            raise ValueError(f"{path}: made with {key} = {settings[key]:g}, not flat LCDM")
 
     image = f["lightcones/brightness_temp"]
     side = settings["HII_DIM"]
     cell = settings.get("BOX_LEN", settings.get("LOWRES_CELL_SIZE_MPC", 1.5) * side) / side
-    if side != image.shape[0] or not 0 < cell < np.inf:
-        raise ValueError(f"{path}: cells of {cell:g} Mpc, HII_DIM {side}, but the cube is "
-                         f"{image.shape[0]} wide: simulate it again")
+    if not 0 < cell < np.inf:
+        raise ValueError(f"{path}: cells of {cell:g} Mpc")
     distances = f.get("lightcone_distances", f.get("distances"))                         # v4, v3
     if distances is None:                          # up to 3.3.1: cells are cubes, from `redshift`
         start = comoving_distance(f.attrs["redshift"], parameters[1], assumed(cosmology)[0])
@@ -238,7 +242,7 @@ def read_21cmfast(path, f):
     return {
         "shape": image.shape, "image": lambda: image, "parameters": parameters,
         "distances": distances[:], "history": history, "cosmology": cosmology,
-        "seed": int(inputs.attrs.get("random_seed", -1)), "cell_sky": float(cell),
+        "seed": int(inputs.attrs.get("random_seed", -1)), "cell_sky": cell, "side": side,
         "options": ", ".join(options), "notes": notes,
         "first": int(f.attrs.get("lowz_buffer_pixels", 0)),
         "spare": int(f.attrs.get("highz_buffer_pixels", 0))}
@@ -286,8 +290,8 @@ def read_npz(path, f):
     if "image" not in f:
         raise ValueError(f"{path}: lacks image (and is not a lightcone .npz)")
     label = [key for key in ("label", "labels") if key in f]
-    if label and PARAMETERS[0] in f:
-        raise ValueError(f"{path}: holds {label[0]} and named parameters: keep one of them")
+    if len(label) + any(key in f for key in PARAMETERS) > 1:
+        raise ValueError(f"{path}: holds {label[0]} and other parameters: keep one of them")
     if label:                                                                # the L3M release
         parameters = order_labels(path, label[0], np.asarray(f[label[0]], float).ravel())
     else:
@@ -299,7 +303,7 @@ def read_npz(path, f):
         np.lib.format.read_magic(header)
         shape = np.lib.format.read_array_header_1_0(header)[0]
     return {
-        "shape": shape, "image": lambda: f["image"], "parameters": parameters,
+        "shape": shape, "side": shape[0], "image": lambda: f["image"], "parameters": parameters,
         "z": f["z"].astype(float) if "z" in f else None,
         "history": (f["node_z"], f["xH"]) if "xH" in f and "node_z" in f else None,
         "cosmology": [float(f.get(key, np.nan)) for key in COSMOLOGY_KEYS],
@@ -321,20 +325,24 @@ def order_labels(path, name, p):
 
 
 def assumed(cosmology):
-    """A file's h, Omega_b, sigma_8, n_s, and the paper's where it does not say (NaN)."""
-    return tuple(np.where(np.isnan(cosmology), COSMOLOGY, cosmology).tolist())
+    """A file's h, Omega_b, sigma_8, n_s, and the paper's where it does not say (NaN). ValueError
+    for what no universe has, such as h = 67."""
+    values = np.where(np.isnan(cosmology), COSMOLOGY, cosmology).tolist()
+    if not all(paper / 2 < value < paper * 2 for value, paper in zip(values, COSMOLOGY)):
+        raise ValueError(f"h, Omega_b, sigma_8, n_s are {values}, the paper's {COSMOLOGY}")
+    return tuple(values)
 
 
-def finish(path, bins, want_cube, *, shape, image, parameters, history, cosmology, z=None,
+def finish(path, bins, want_cube, *, shape, side, image, parameters, history, cosmology, z=None,
            distances=None, seed=-1, cell_sky=None, options="", notes=(), first=0, spare=0):
     """What all formats share -> Lightcone: checks, the first bins, forward in time.
 
     image() is the cube (x, y, t from low z) of this shape, read only if it is wanted; z or
     distances (t,) Mpc, or neither; history: two arrays, z and x_HI of the nodes. Slices before
     `first` and the last `spare` are no result."""
-    if len(shape) != 3 or shape[0] != shape[1]:
+    if len(shape) != 3 or shape[:2] != (side, side):
         raise ValueError(f"{path}: wrong axis order: the cube is {' x '.join(map(str, shape))}, "
-                         "expected (x, y, t) with a square sky")
+                         f"expected (x, y, t) with a sky of {side} x {side}")
     Om = parameters[1]
     if not 0 < Om < 1:
         raise ValueError(f"{path}: Om = {Om:g}, so the redshifts of the bins cannot be worked out")
@@ -345,7 +353,12 @@ def finish(path, bins, want_cube, *, shape, image, parameters, history, cosmolog
         notes.append("no redshifts in the file: bins of 200/140 Mpc from z = 5")
     if z is None:
         z = redshift_at(distances, Om, h)
-    check_redshifts(path, z, shape[2])
+    z = np.ravel(z)
+    if z.size != shape[2]:
+        raise ValueError(f"{path}: {z.size} redshifts for {shape[2]} line-of-sight bins")
+    if not np.all(np.diff(z) > 0):
+        raise ValueError(f"{path}: wrong axis order: redshift must rise along t (reverse the cube "
+                         "and z together), without NaN")
     z = z[first:shape[2] - spare][:bins]
     if bins and len(z) < bins:
         raise ValueError(f"{path}: {len(z)} line-of-sight bins, fewer than --bins {bins}")
@@ -362,20 +375,11 @@ def finish(path, bins, want_cube, *, shape, image, parameters, history, cosmolog
     cube = None
     if want_cube:
         cube = np.moveaxis(image()[:, :, first:first + len(z)], 2, 0)[::-1]           # (T, X, Y)
-        cube = np.ascontiguousarray(cube, dtype=np.float32)
+        cube = cube.astype(np.float32, "C", "same_kind")                              # not complex
         check_cube(path, cube, z[::-1], history)
     cell_los = float(steps.mean())
     return Lightcone(cube, parameters, z[::-1], history, seed, shape[0], cell_sky or cell_los,
                      cell_los, tuple(cosmology), options, notes)
-
-
-def check_redshifts(path, z, slices):
-    """ValueError if z is not one rising redshift a slice."""
-    if z.shape != (slices,):
-        raise ValueError(f"{path}: {z.size} redshifts for {slices} line-of-sight bins")
-    if not np.all(np.diff(z) > 0):
-        raise ValueError(f"{path}: wrong axis order: redshift must rise along t (reverse the cube "
-                         "and z together)")
 
 
 def clean_history(history, notes):
@@ -413,24 +417,31 @@ def about_cosmology(cosmology, options):
 
 def check_cube(path, cube, z, history):
     """ValueError if the cube (T, X, Y) is not brightness temperature in mK, or not all there."""
-    bad = cube.size - np.count_nonzero(np.abs(cube) < 65504)
-    if bad:                                                                   # beyond float16
-        raise ValueError(f"{path}: {bad} voxels are NaN, infinite or beyond 65504 mK")
+    bad = cube.size - np.count_nonzero(np.abs(cube) < 5000)
+    if bad:                                             # 21cmFAST's reach 533
+        raise ValueError(f"{path}: {bad} voxels are NaN, infinite or beyond 5000 mK: is it "
+                         "in another unit, or filled up?")
     x_hi = np.ones(len(z))
-    if history is not None:
+    if history is not None and history[1].any():        # of zeros alone: not written yet
         x_hi = np.interp(z, history[0, ::-1], history[1, ::-1])
     neutral = x_hi > 0.4                                # finished ones reach 0.29, between nodes
-    highest = np.abs(cube).max()
-    if highest < 0.5 and neutral.any():                 # no lightcone is so faint: 45 mK at least
-        raise ValueError(f"{path}: no voxel is above {highest:.3g} mK: is it in kelvin, or empty?")
-    mean = np.abs(cube.mean(axis=(1, 2))).max()         # the deepest absorption is some -250 mK
-    if mean > 500:
-        raise ValueError(f"{path}: a slice of {mean:.4g} mK on average: is it in another unit "
-                         "(convert it to mK), or filled up (leave it out)?")
+    mean = np.abs(cube.mean(axis=(1, 2))).max()
+    check_unit(path, mean if neutral.any() else np.inf, mean)
     dead = ~cube.any(axis=(1, 2)) & neutral
     if history is not None and dead.any():
         raise ValueError(f"{path}: unfinished: {dead.sum()} slices up to z = {z[dead][0]:.1f} are "
                          f"all zero, where its history has x_HI = {x_hi[dead].max():.2f}")
+
+
+def check_unit(path, low, high):
+    """ValueError if these cannot be |sky mean| in mK, each the highest of a lightcone: 21cmFAST's
+    from z = 5 to 35 have 27 to 365."""
+    if low < 6:
+        raise ValueError(f"{path}: no sky mean is above {low:.3g} mK: is it in kelvin, normalised, "
+                         "without its mean, or empty?")
+    if high > 500:
+        raise ValueError(f"{path}: a slice of {high:.4g} mK on average: is it in another unit "
+                         "(convert it to mK), or filled up (leave it out)?")
 
 
 def history_summary(lightcone):
@@ -547,6 +558,8 @@ def read_row(path, signals):
         if "brightness_temp" not in f or "about" not in f.attrs:
             raise ValueError(f"{path}: is not a lightcone of a store, so it cannot lie in one; "
                              "`python data_lightcone.py convert` adds lightcone files to a store")
+        if len(path.stem) != 12:                         # it may be trained on and tested with
+            raise ValueError("is not called as it was: a copy?")
         cube = f["brightness_temp"]
         row = json.loads(f.attrs["about"])
         row["offset"] = cube.id.get_offset()             # None: packed by somebody else's program
@@ -563,12 +576,13 @@ def check_row(row, T):
     """ValueError if what is read from a lightcone's file is not of the kind that was written."""
     shapes = {"parameters": (6,), "cosmology": (4,), "global_signal": (T,), "redshifts": (T,),
               "history": (2, HISTORY)}
-    for key in row.keys() - {"source", "options"}:
+    kinds = {"passed": "b", "seed": "i", "signal_end": "i", "source": "U", "options": "U"}
+    for key in {*kinds, "parameters", "tau", "x_hi_end", *row}:
         value = np.asarray(row[key])
         shape = shapes.get(key, ())
-        if value.shape != shape or value.dtype.kind not in "bif":
-            raise ValueError(f"{key} is not {shape} numbers")
-    if min(row["cell_sky"], row["cell_los"]) <= 0:
+        if value.shape != shape or value.dtype.kind not in kinds.get(key, "if"):
+            raise ValueError(f"{key} is not {shape} numbers, or not of its kind")
+    if not min(row["cell_sky"], row["cell_los"]) > 0:
         raise ValueError("its cells have no size")
 
 
@@ -609,12 +623,9 @@ def read_store(path, signals=True):
     Raises ValueError with one sentence if it is none, or holds lightcones of two geometries or
     cosmologies (which it names)."""
     path = Path(path)
-    if path.is_file():
-        raise ValueError(f"{path}: is one file, as earlier versions of this program wrote; a store "
-                         "is a directory now: simulate or convert again, into another --out")
-    files = sorted(path.glob("*.h5"))
+    files = sorted(path.glob("[!.]*.h5"))                 # not ._NAME.h5, which macOS adds
     if not files:
-        raise ValueError(f"{path}: no such store, or an empty one; make one with "
+        raise ValueError(f"{path}: no such store (a directory), or an empty one; make one with "
                          "`python data_lightcone.py simulate` or `convert`")
     settings, rows = zip(*(read_row(file, signals) for file in files))
     for file, setting in zip(files, settings):
@@ -627,7 +638,7 @@ def read_store(path, signals=True):
 
 def store_at(out):
     """The Store to add to, without its signals; None where there is none yet."""
-    return read_store(out, signals=False) if out.is_file() or any(out.glob("*.h5")) else None
+    return read_store(out, signals=False) if any(out.glob("[!.]*.h5")) else None
 
 
 def open_for_adding(out, size):
@@ -651,10 +662,8 @@ def is_running(pid):
     """Whether a process of this machine has this number."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass                                                          # another user's
+    except OSError as e:
+        return isinstance(e, PermissionError)                         # another user's
     return True
 
 
@@ -671,9 +680,6 @@ def convert(files, out, bins=BINS, tau_sigma=5.0, max_x_hi=0.1):
     training and the test set."""
     out = Path(out)
     store = store_at(out)
-    if store and bins != store.T:
-        raise ValueError(f"{out} holds lightcones of {store.T} bins: give --bins {store.T}, or "
-                         "another --out")
     sources = dict(zip(store.names, store.source)) if store else {}   # {NAME: file that it is from}
     report = []
     jobs = []                                                         # (entry, Setting)
@@ -727,10 +733,12 @@ def look(entry, lightcone, sources, tau_sigma, max_x_hi):
             return False
     file = entry["file"]
     name = file                                                       # unknown seed: once a file
+    there = file in sources.values()
     if lightcone.seed >= 0:
         shape = (len(lightcone.redshifts), lightcone.sky)
         name = name_of(lightcone.seed, lightcone.parameters, shape)
-    if file in sources.values():
+        there = sources.get(name) == file                             # no other one of this path
+    if there:
         entry.update(status="there", reason="in the store already")
     elif name in sources:
         entry["reason"] = f"same seed and parameters as {Path(sources[name]).name}"
@@ -1319,8 +1327,8 @@ def read_signals(path):
         for what, rows in (("parameters", parameters), ("seeds", seeds), ("histories", histories)):
             if len(rows) != n:
                 raise ValueError(f"{len(rows)} {what} for {n} signals")
-        if np.nanmax(np.abs(signal), initial=0) < 0.5:
-            raise ValueError("no signal is above 0.5 mK: are they in kelvin?")
+        highest = np.nanmax(np.abs(signal), axis=1, initial=0)
+        check_unit(path, highest.min(), highest.max())
         passed = np.ones(n, bool)
         for i in range(n if histories.size else 0):
             history = clean_history((arrays["node_z"], histories[i]), [])
@@ -1536,10 +1544,9 @@ def inspect_store(path, out):
     store = read_store(path)
     out = Path(out)
     rows, note = usable(store.parameters, store.passed, path)
-    disk = sum(file.stat().st_size for file in store.path.glob("*.h5"))
     summary = {
         "store": str(path), "lightcones": len(store.names), "usable": len(rows), "note": note,
-        "gigabytes": round(disk / 1e9, 3), **store.setting._asdict(),
+        **store.setting._asdict(),
         "z_high": span(store.redshifts[:, 0]), "tau": span(store.tau),
         "x_hi_end": span(store.x_hi_end),
         "parameters": dict(zip(PARAMETERS, map(span, store.parameters.T)))}

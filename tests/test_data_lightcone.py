@@ -164,11 +164,11 @@ BAD = {
     "other HDF5": (lambda p: h5py.File(p, "w").close() or p, "not a 21cmFAST"),
     "a store's row": (lambda p: make_store(p.parent / "s", 3) and next((p.parent / "s").iterdir()).rename(p), "is a store's lightcone already"),
     "a directory": (lambda p: p.mkdir(), "directory"),
-    "wrong axis order": (lambda p: write_v3(p, np.moveaxis(cube(), 2, 0).copy()), "wrong axis order: the cube is 60 x 8 x 8"),
+    "wrong axis order": (lambda p: write_v3(p, np.moveaxis(cube(), 2, 0).copy()), "the cube is 60 x 8 x 8, expected (x, y, t)"),
     "from high z": (lambda p: write_npz(p, z=redshifts()[::-1]), "wrong axis order: redshift must rise"),
     "uneven": (lambda p: write_npz(p, z=np.linspace(5, 12, 60)), "not equal steps of comoving distance"),
     "in kelvin": (lambda p: write_v3(p, cube() / 1000, history=None), "is it in kelvin"),
-    "in another unit": (lambda p: write_v3(p, cube() * 100), "is it in another unit"),
+    "in another unit": (lambda p: write_v3(p, cube() * 20), "a slice of 1370 mK on average: is it in another unit"),
     "filled up": (lambda p: write_v3(p, np.where(np.arange(60) > 40, -999, cube())), "a slice of 999 mK on average"),
     "object array": (lambda p: write_npz(p, xH=np.array([None, 1], dtype=object)), "Object arrays cannot be loaded"),
     "two lengths": (lambda p: write_npz(p, xH=REIONISED_AT_8[1:]), "shape"),
@@ -176,13 +176,13 @@ BAD = {
     "too few bins": (lambda p: write_v3(p, cube(bins=40)), "40 line-of-sight bins, fewer than --bins 50"),
     "lacks zeta (v3)": (lambda p: write_v3(p, drop=("HII_EFF_FACTOR",)), "lacks 'HII_EFF_FACTOR'"),
     "lacks zeta (npz)": (lambda p: write_npz(p, drop=("zeta",)), "lacks zeta"),
-    "label and names": (lambda p: write_npz(p, label=np.zeros(6)), "label and named parameters"),
+    "label and names": (lambda p: write_npz(p, label=np.zeros(6)), "holds label and other parameters"),
     "lacks image": (lambda p: write_npz(p, drop=("image",)), "lacks image"),
     "zeta by mass (v4)": (lambda p: write_v4(p, source="E-INTEGRAL"), "lacks zeta"),
     "outside the priors": (lambda p: write_v3(p, zeta=300.0), "zeta = 300 lies outside the prior, 10 to 250"),
     "five labels": (lambda p: write_release(p, [3.0, 0.3, 40.0, 500.0, 4.7]), "5 values"),
     "wrong z": (lambda p: write_npz(p, z=redshifts(50)), "50 redshifts for 60"),
-    "cut out of a larger box": (lambda p: write_v3(p, user={"HII_DIM": 16}), "HII_DIM 16, but the cube is 8 wide"),
+    "cut out of a larger box": (lambda p: write_v3(p, user={"HII_DIM": 16}), "the cube is 8 x 8 x 60, expected (x, y, t) with a sky of 16 x 16"),
     "box of no size": (lambda p: write_v3(p, user={"BOX_LEN": np.nan}), "cells of nan Mpc"),
 }
 
@@ -282,8 +282,7 @@ def test_mixed_sky_sizes_and_bins(tmp_path):
     files = [write_v3(tmp_path / "a", cube(sky=8), seed=1), write_v3(tmp_path / "b", cube(sky=10), seed=2), write_v3(tmp_path / "c", cube(sky=8), seed=3)]
     report = dl.convert(files, tmp_path / "s", bins=50)
     assert [e["status"] for e in report] == ["kept", "skipped", "kept"] and "10 x 10 on the sky, the store has 8 x 8" in report[1]["reason"]
-    with pytest.raises(ValueError, match="holds lightcones of 50 bins"):
-        dl.convert(files, tmp_path / "s", bins=40)
+    assert {e["reason"] for e in dl.convert([files[0]], tmp_path / "s", bins=40)} == {"40 slices, the store has 50"}
 
 
 def test_what_cannot_be_in_one_store(tmp_path):
@@ -429,12 +428,33 @@ def test_one_simulation_as_npz_and_native_file_by_two_processes_at_once_is_one_r
     assert 0 in [job.returncode for job in jobs] and len(dl.read_store(tmp_path / "s").names) == 1
 
 
-def test_a_store_of_earlier_versions_is_refused_in_a_sentence(tmp_path):
-    with h5py.File(tmp_path / "old.h5", "w") as f:
-        f["brightness_temp"] = np.zeros((3, 5, 4, 4), np.float16)
+def test_rows_that_others_put_or_changed(tmp_path):
+    path = make_store(tmp_path / "s", 3)
+    row = min(path.glob("*.h5"))
+    (path / f"._{row.name}").write_bytes(b"of macOS")
+    copy = Path(shutil.copy(row, path / "copy of it.h5"))                  # it could be in both the training and the test part
+    with pytest.raises(ValueError, match=f"{copy.name}: is not called as it was: a copy"):
+        dl.read_store(path)
+    copy.unlink()
+    about = json.loads(dict(h5py.File(row).attrs)["about"])
+    for key, value in (("passed", 2), ("signal_end", 3.5), ("cosmology", [0, 0, 0, 0]), *((key, None) for key in about)):
+        with h5py.File(row, "a") as f:
+            f.attrs["about"] = json.dumps({k: v for k, v in (about | {key: value}).items() if v is not None})
+        with pytest.raises(ValueError, match=row.name):
+            dl.read_store(path)
+
+
+def test_another_lightcone_of_the_same_path_is_converted(tmp_path):
+    for seed in (1, 2, 2):
+        report = dl.convert([write_v3(tmp_path / "lc.h5", cube(seed=seed), seed=seed)], tmp_path / "s", bins=50)
+    assert report[0]["status"] == "there" and sorted(dl.read_store(tmp_path / "s").seed) == [1, 2]
+
+
+def test_a_file_is_no_store(tmp_path):
+    (tmp_path / "old.h5").write_bytes(b"as earlier versions wrote it")
     for read in (dl.read_store, lambda p: dl.SubLightcones(p, "train"), lambda p: dl.GlobalSignals(p, "train"), lambda p: dl.simulate(p, 1),
-                 lambda p: dl.convert([write_v3(tmp_path / "a")], p)):
-        with pytest.raises(ValueError, match="is one file, as earlier versions of this program wrote"):
+                 lambda p: dl.convert([write_v3(tmp_path / "a")], p, 50)):
+        with pytest.raises((ValueError, OSError), match="no such store|File exists"):
             read(tmp_path / "old.h5")
 
 
@@ -488,7 +508,7 @@ def test_errors_are_one_line_and_status_2(tmp_path, capsys):
     make_store(tmp_path / "store", 3, T=50)
     make_store(tmp_path / "foreign", 3)
     h5py.File(tmp_path / "foreign" / "other.h5", "w").close()
-    for arguments, words in [(["inspect", tmp_path / "none"], "no such store"), (["inspect", tmp_path / "text.h5"], "a store is a directory"),
+    for arguments, words in [(["inspect", tmp_path / "none"], "no such store"), (["inspect", tmp_path / "text.h5"], "no such store (a directory)"),
                              (["inspect", tmp_path / "foreign"], "other.h5: is not a lightcone of a store"),
                              (["convert", tmp_path / "text.h5", "--out", tmp_path / "x"], "neither HDF5 nor .npz"),
                              (["simulate", "-n", "2", "--out", tmp_path / "store"], "choose another --out"),
@@ -572,13 +592,35 @@ def test_options_that_change_what_a_parameter_means(tmp_path):
     assert "log10_T_vir" not in names and "X_RAY_Tvir_MIN" in notes
     for option in ("USE_MASS_DEPENDENT_ZETA", "USE_MINI_HALOS", "USE_HALO_FIELD"):
         assert reason_of(write_v3(tmp_path / "a", flags={option: True})).startswith(f"lacks zeta: made with {option}")
-    assert reason_of(write_v3(tmp_path / "a", cosmo={"wl": -0.9})) == "made with dark energy of w = -0.9, not flat LCDM"
+    assert reason_of(write_v3(tmp_path / "a", cosmo={"wl": -0.9})) == "made with wl = -0.9, not flat LCDM"
     for write, flags in ((write_v3, {"INHOMO_RECO": True}), (write_v3, {"PHOTON_CONS": True}), (write_v3, {"POWER_SPECTRUM": 2}),
                          (write_v3, {"APPLY_RSDS": False}), (write_v3, {"X_RAY_SPEC_INDEX": 1.5}), (write_v4, {"F_STAR10": -1.0}),
-                         (write_v4, {"RECOMB_MODEL": "homogeneous"}), (write_v4, {"PHOTON_CONS_TYPE": "z-photoncons"}), (write_v4, {"HMF": "PS"})):
+                         (write_v4, {"RECOMB_MODEL": "homogeneous"}), (write_v3, {"HII_FILTER": 0}), (write_v4, {"HII_FILTER": "spherical-tophat"}),
+                         (write_v3, {"NU_X_BAND_MAX": 10000.0}), (write_v4, {"LYA_MULTIPLE_SCATTERING": True}), (write_v4, {"PHOTON_CONS_TYPE": "z-photoncons"}), (write_v4, {"HMF": "PS"})):
         assert f"not as in the paper: {next(iter(flags))}" in known(write(tmp_path / "a", flags=flags))[1]
     usual = {"X_RAY_SPEC_INDEX": 1.0, "F_STAR10": -1.3, "RECOMB_MODEL": "none", "POWER_SPECTRUM": "EH", "HMF": "ST", "PHOTON_CONS_TYPE": "no-photoncons"}
     assert "not as in the paper" not in known(write_v4(tmp_path / "a", flags=usual))[1]
+
+
+def test_what_is_no_brightness_temperature_in_mk(tmp_path):
+    image = cube()
+    for wrong, words in ((image - image.mean((0, 1)), "without its mean"), (np.log10(1 + np.abs(image)), "above 1.84 mK"), ((image + 32.5) / 65.4, "normalised"),
+                         (np.where(image == image[0, 0, 9], 9999, image), "1 voxels are NaN"), (image.astype(complex), "complex128"), (image > -30, "normalised"),
+                         (image * 0, "or empty?")):
+        assert words in reason_of(write_v3(tmp_path / "a", wrong, history=None))
+    assert "or empty?" in reason_of(write_v3(tmp_path / "a", image * 0, history=REIONISED_AT_8 * 0))      # 21cmFAST 4 before its first node: ionised, it says
+
+
+def test_settings_as_other_programs_write_them(tmp_path):
+    usual = dl.read_lightcone(write_v3(tmp_path / "a"), 50)
+    for word in (str, lambda v: np.bytes_(str(v)), lambda v: [v]):
+        same = dl.read_lightcone(write_v3(tmp_path / "a", flags={"USE_MINI_HALOS": word(False), "USE_TS_FLUCT": word(True)}), 50)
+        assert np.array_equal(same.parameters, usual.parameters) and same.notes == []
+        off = dl.read_lightcone(write_v3(tmp_path / "a", flags={"USE_TS_FLUCT": word(False)}), 50)
+        assert np.isnan(off.parameters).tolist() == [False, False, True, True, False, False]
+    for cosmo, words in (({"SIGMA_8": "0.81 (Planck)"}, "could not convert string to float: '0.81 (Planck)'"), ({"hlittle": 67.66}, "h, Omega_b, sigma_8, n_s are [67.66, "),
+                         ({"OMb": 0.0}, "n_s are [0.6766, 0.0,"), ({"SIGMA_8": np.inf}, "0.04897, inf,"), ({"OMk": 0.1}, "made with OMk = 0.1, not flat")):
+        assert words in reason_of(write_v3(tmp_path / "a", cosmo=cosmo))
 
 
 def test_redshifts_and_optical_depth_come_from_the_files_own_cosmology(tmp_path):
@@ -661,6 +703,7 @@ def test_signals_with_nan_or_rising_nodes(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"signal": SIGNALS["signal"][0]}, "1-dimensional"), ({"zeta": SIGNALS["zeta"][:5]}, "shape"), ({"zeta": np.array(["a"] * 30)}, "could not convert"),
     ({"signal": np.array([None] * 30, dtype=object)}, "Object arrays"), ({"signal": SIGNALS["signal"] / 1000}, "kelvin"), ({"Om": None}, "lacks 'Om'"),
+    ({"signal": (SIGNALS["signal"] + 32.5) / 65.4}, "normalised"), ({"signal": np.where(np.arange(30)[:, None] == 3, -999, SIGNALS["signal"])}, "filled up"),
     ({"signal": np.where(np.arange(94) == 3, np.nan, SIGNALS["signal"])}, "NaN in the signal"), (dict(seed=np.zeros(30, int), **{k: np.full(30, SIGNALS[k][0]) for k in dl.PARAMETERS}), "twice"),
     ({"xH": np.ones((30, 4)), "node_z": np.ones(5)}, "shape"), ({"xH": np.ones((29, 5)), "node_z": np.ones(5)}, "histories")])
 def test_bad_signals_are_one_line(tmp_path, changes, words):

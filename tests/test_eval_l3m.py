@@ -248,7 +248,7 @@ def test_own_lightcone_of_21cmfast(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(nano_eval, "draw_corner", lambda *_: None)
     regress(root / "small-seed0", "--lightcone", *files, "--out", tmp_path / "p")
     printed = capsys.readouterr()
-    assert "native_v4_0.h5: it ends at z = 5.60, the training lightcones at 5.00" in printed.err and "native_v3_0.h5: it ends" not in printed.err
+    assert "native_v4_0.h5: starts at z = 5.60, the store at 5.00: the run was" in printed.err and "native_v3_0.h5: starts" not in printed.err
     assert json.loads((tmp_path / "p-native_v4_0.json").read_text())["rows"][0]["truth"]["m_WDM"] is None
     own = data_lightcone.read_lightcone(files[0], bins=2350)
     signal, _, redshifts, _ = nano_eval.read_own(files[0], settings_of(root / "small-seed0"), store)
