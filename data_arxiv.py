@@ -438,7 +438,8 @@ def encode(tokenizer, text, bos, eos):
     The text itself is encoded without special tokens: some tokenizers would add a BOS of their own.
     tokenizer: a tokenizers.Tokenizer."""
     end = [] if eos is None else [eos]
-    return [bos] + tokenizer.encode(text, add_special_tokens=False).ids + end
+    with reading("tokenizer.json", "it must encode any text"):
+        return [bos] + tokenizer.encode(text, add_special_tokens=False).ids + end
 
 
 @functools.lru_cache(maxsize=2)
@@ -470,11 +471,12 @@ def collate(sequences):
 LONGEST_LINE = 1 << 24                                        # bytes; a record has a few thousand
 
 
+LINE_BREAK = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")       # str.splitlines' own
+
+
 def clean(text):
     """The text in one line: a line break, with the white space after it, becomes one blank."""
-    lines = text.removeprefix("\ufeff").strip().splitlines()              # at \r and the like, too
-    lines = [line.lstrip() for line in lines]
-    return " ".join(line for line in lines if line)
+    return LINE_BREAK.sub(" ", text.removeprefix("\ufeff").strip())
 
 
 def read_lines(path):
@@ -615,7 +617,7 @@ def snapshot_records(path, categories, broken):
             continue
         try:
             record = parse(line)
-            record["primary"] = record["categories"].split()[0]
+            record["primary"] = record["categories"].replace(",", " ").split()[0]
             record["id"] = record["id"].strip()
             record["abstract"] = clean(record["abstract"])
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
