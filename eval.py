@@ -1212,6 +1212,8 @@ def measured(name, run, completions=None):
     completions -> {measure: summary, and "on": what it was measured on}."""
     reports = {Path(run) / "perplexity-16bit.json": "", Path(run) / "perplexity-NF4.json": ", NF4"}
     if completions:
+        with reading(completions, ADVICE):
+            open(completions).close()
         reports |= {beside(completions, f"{kind}.json"): ""
                     for kind in ("semscore", "signatures", "rating")}
     found = {}

@@ -241,7 +241,7 @@ def read_config(raw, where="config.json"):
         raise ValueError(f"{where}: {', '.join(refused)}; model.py computes Llama and Qwen2 "
                          "decoders only")
     config = checked_config(raw, rope, rope_type == "llama3", where)
-    known = {*Config.__dataclass_fields__, *REFUSED, *FACTORS, *HARMLESS}
+    known = {*Config.__dataclass_fields__, *REFUSED, *FACTORS, *HARMLESS} - {"attention_dropout"}
     unknown = sorted(key for key in raw if raw[key] and key not in known)
     if unknown:
         note(f"{where}: not known here and left out of the computation: {', '.join(unknown)}")
@@ -817,6 +817,10 @@ def load_tokenizer(source, control_tokens=False):
     tokenizer.encode_special_tokens = not control_tokens
     if getattr(tokenizer.model, "dropout", None):             # BPE's: other tokens at every call
         tokenizer.model.dropout = None
+    with reading(directory / "tokenizer_config.json") as words:
+        said = json.loads(words.read_bytes()) if words.exists() else {}
+        said = said.get("added_tokens_decoder", {})
+        control = {int(i) for i, token in said.items() if token.get("special")}
     if (directory / "config.json").exists():
         config = load_config(source)
         most = max(tokenizer.get_vocab().values(), default=0)
@@ -825,11 +829,11 @@ def load_tokenizer(source, control_tokens=False):
                              f"{config.vocab_size}: it is of another model; copy the model's own "
                              "there")
         ends = config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        added = tokenizer.get_added_tokens_decoder()
-        for i in added.keys() & {config.bos_token_id, *ends}:
-            added[i].special = True                           # whatever the file says of them
-            tokenizer.add_special_tokens([added[i]])
+        control |= {config.bos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        if i in control and not token.special:
+            token.special = True                              # whatever tokenizer.json says of it
+            tokenizer.add_special_tokens([token])
     return tokenizer
 
 

@@ -233,7 +233,8 @@ def test_compare(tiny, trained, tmp_path, capsys):
     nano_eval.write_json(tmp_path / "c.semscore.json", report)
     s = {"n": 3, "mean": 5.5, "low": 5, "high": 6}
     (tmp_path / "c.rating.json").write_text(json.dumps({"rows": [{"name": "s1-all", "measures": {"rating overall": s}}]}))
-    capsys.readouterr()
+    assert "c.jsonl: is not there; give the file" in error_of(capsys, "compare", trained, "--completions", tmp_path / "c.jsonl")
+    (tmp_path / "c.jsonl").touch()
     nano_eval.main(["compare", str(trained), str(other), "--completions", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "compare")])
     base, run, twin = json.loads((tmp_path / "compare.json").read_text())["rows"]
     report = json.loads((trained / "perplexity-16bit.json").read_text())["rows"]

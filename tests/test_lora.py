@@ -213,10 +213,13 @@ def test_tensors_unlike_the_config(base, tmp_path):
         load_adapter(ours(base), tmp_path)
 
 
-def test_the_head_is_not_adapted(base):
+def test_the_head_is_not_adapted(base, tmp_path):
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(ValueError, match=f"no linear layer that can be adapted is named '{name}'"):
             inject(ours(base), ["q_proj", name])
+        plain(base, tmp_path / name, target_modules=["q_proj", name])
+        with pytest.raises(ValueError, match=f"it adapts .*{name}, which is not computed here"):
+            load_adapter(ours(base), tmp_path / name)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import data_arxiv
 import model as nano
 from conftest import ROOT
 from model import ChunkedNLL, KVCache, generate, load_config, load_pretrained, load_tokenizer, read_config, save_pretrained, token_nll
@@ -262,6 +263,8 @@ def test_unknown_fields_are_noted_once(smollm2, capsys):
     for _ in range(2):
         read_config(LlamaConfig(**LLAMA).to_dict() | {"mystery_gate": 0.5, "another": True, "unset": None, "off": False}, "x/config.json")
     assert capsys.readouterr().err == "note: x/config.json: not known here and left out of the computation: another, mystery_gate\n"
+    read_config(LlamaConfig(**LLAMA, attention_dropout=0.1).to_dict(), "y/config.json")
+    assert capsys.readouterr().err == "note: y/config.json: not known here and left out of the computation: attention_dropout\n"
 
 
 @torch.no_grad()
@@ -636,6 +639,22 @@ def test_control_tokens_that_are_not_said_to_be(smollm2, tmp_path):
     text = "We study supersymmetric gauge theories.<|im_end|>"
     assert load_tokenizer(str(tmp_path)).encode(text).ids == load_tokenizer(str(smollm2)).encode(text).ids
     assert load_tokenizer(str(tmp_path), control_tokens=True).encode(text).ids[-1] == 2
+    content["model"]["dropout"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for special in (True, False):                              # as transformers, which takes tokenizer_config.json's word
+        decoder = {"0": {"content": "<|endoftext|>", "special": special, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+        right = PreTrainedTokenizerFast.from_pretrained(tmp_path)("<|endoftext|>", split_special_tokens=True)["input_ids"]
+        assert load_tokenizer(str(tmp_path)).encode("<|endoftext|>").ids == right and (len(right) > 1) is special
+
+
+def test_a_tokenizer_that_lacks_its_unknown_token(tmp_path):
+    words = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert data_arxiv.encode(tokenizer, "a a", 0, None) == [0, 0, 0]
+    with pytest.raises(ValueError, match="tokenizer.json: .*Missing"):
+        data_arxiv.encode(tokenizer, "a b", 0, None)
 
 
 def test_unreadable_tokenizers(smollm2, tmp_path):

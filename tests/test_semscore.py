@@ -103,6 +103,8 @@ def test_own_pooling_and_length(tiny_encoder, tmp_path):
     write("1_Pooling/config.json", {})
     modules("Transformer", "Pooling", "Dense", "Normalize")
     refused("modules.json: Transformer, Pooling, Dense, Normalize")
+    write("modules.json", [{"type": "custom_st.Transformer", "path": ""}, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}])
+    refused("modules.json: custom_st.Transformer, Pooling")
     modules("Transformer", "Pooling")
     for config in ({"default_prompt_name": "query", "prompts": {"query": "query: "}}, {"truncate_dim": 8}, {"model_type": "SparseEncoder"}):
         write("config_sentence_transformers.json", config)
@@ -122,7 +124,7 @@ def test_own_pooling_and_length(tiny_encoder, tmp_path):
         refused(sentence)
     (copy / "1_Pooling" / "config.json").unlink()              # an incomplete copy
     refused("1_Pooling/config.json: is not there")
-    (copy / "modules.json").write_text('[{"type": "x.Transformer", "path": "../.."}, {"type": "x.Pooling", "path": ""}]')
+    (copy / "modules.json").write_text('[{"type": "Transformer", "path": "../.."}, {"type": "Pooling", "path": ""}]')
     refused("leaves the directory")
 
 
@@ -283,6 +285,11 @@ def test_refusals(tiny, tmp_path, capsys):
     assert "is a directory: give the file" in error("signatures", tmp_path)
     (tmp_path / "empty.jsonl").write_text('{"id": 1')
     assert "empty.jsonl, line 1: it is no JSON" in error("signatures", tmp_path / "empty.jsonl")
+    first, *_, last = path.read_text().splitlines()           # of base, and of tuned
+    for change in ({"prompt": "another"}, {"truth": "another"}, {"model": "truth", "completion": "another"}):
+        line = json.dumps(json.loads(last) | {"id": "0"} | {"prompt": "one w0 three.", "truth": "w0 w1 w0 one two."} | change)
+        (tmp_path / "empty.jsonl").write_text(f"{line}\n" if "model" in change else f"{first}\n{line}\n")
+        assert "0 had another prompt or truth before" in error("signatures", tmp_path / "empty.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     assert "holds no completion" in error("signatures", tmp_path / "empty.jsonl")
 
