@@ -209,9 +209,7 @@ def read_21cmfast(path, f):
         raise ValueError(f"{path}: HDF5, but not a 21cmFAST v3 or v4 lightcone (no astro_params)")
     settings = {}
     for group in inputs.values():
-        for name, value in group.attrs.items():       # also "False", b"False", [False] of others
-            word = str(value).strip("b'[]")
-            settings[name] = {"True": True, "False": False}.get(word, value)
+        settings |= group.attrs
     parameters, notes = parameters_21cmfast(path, settings, v4)
     options = [f"{name} {settings[name]}" for name, values in PAPER_OPTIONS.items()
                if name in settings and settings[name] not in values]

@@ -632,6 +632,10 @@ class Run:
         if damage:
             raise ValueError(f"no whole checkpoint is left: {'; '.join(damage)}. Put a copy of one "
                              "in its place, or choose another --out")
+        for result in (ADAPTER, "model.safetensors"):
+            if (self.out / result).exists():
+                raise ValueError(f"{self.out} holds a {result}, but no checkpoint to go on from: "
+                                 "choose another --out")
         return [None, None]
 
     def write_config(self):

@@ -282,6 +282,7 @@ def test_paths_may_change(chatty, signals, tmp_path):
     (lambda out: (out / "config.json").write_text("{"), "config.json: "), (lambda out: (out / "config.json").write_text('{"settings": {}}'), "config.json: lacks 'directory'"),
     (lambda out: edit(out, lightcones=3), "config.json: "), (lambda out: edit(out, lightcones={"train": ["a"], "validation": ["b"], "test": ["c"]}), "3 of the lightcones"),
     (lambda out: edit(out, lr="x"), "lr was 'x', now 0.01"), (lambda out: (out / "config.json").unlink(), "config.json: is not there"),
+    (lambda out: [path.unlink() for path in out.glob("checkpoint*")], "holds a model.safetensors, but no checkpoint to go on from"),
     (lambda out: [(out / n).write_bytes(b"nonsense") for n in ("checkpoint.safetensors", "checkpoint-previous.safetensors")], "no whole checkpoint is left")])
 def test_a_damaged_run_is_one_line(damage, expected, chatty, signals, undisturbed, tmp_path, capfd):
     shutil.copytree(undisturbed, tmp_path / "run")
