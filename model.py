@@ -93,7 +93,8 @@ def writing(path):
         raise OSError(f"{path} could not be written ({reason}); what was there is as it was, so "
                       "free some space or choose another place, and run this again") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -819,7 +820,7 @@ def load_tokenizer(source, control_tokens=False):
         tokenizer.model.dropout = None
     with reading(directory / "tokenizer_config.json") as words:
         said = json.loads(words.read_bytes()) if words.exists() else {}
-        said = said.get("added_tokens_decoder", {})
+        said = said.get("added_tokens_decoder") or {}
         control = {int(i) for i, token in said.items() if token.get("special")}
     if (directory / "config.json").exists():
         config = load_config(source)
