@@ -127,7 +127,8 @@ def writing(path):
         raise OSError(f"{path} could not be written ({reason}); what was there is as it was, so "
                       "free some space or choose another place, and run this again") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def lock(path, doing):

@@ -209,7 +209,8 @@ def read_21cmfast(path, f):
         raise ValueError(f"{path}: HDF5, but not a 21cmFAST v3 or v4 lightcone (no astro_params)")
     settings = {}
     for group in inputs.values():
-        settings |= group.attrs
+        for key, value in group.attrs.items():                # a flag may be a word
+            settings[key] = str(value) == "True" if str(value) in ("True", "False") else value
     parameters, notes = parameters_21cmfast(path, settings, v4)
     options = [f"{name} {settings[name]}" for name, values in PAPER_OPTIONS.items()
                if name in settings and settings[name] not in values]
@@ -621,9 +622,12 @@ def read_store(path, signals=True):
     Raises ValueError with one sentence if it is none, or holds lightcones of two geometries or
     cosmologies (which it names)."""
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path}: is a file, as earlier versions wrote; a store is a directory "
+                         "now: simulate or convert again, into another --out")
     files = sorted(path.glob("[!.]*.h5"))                 # not ._NAME.h5, which macOS adds
     if not files:
-        raise ValueError(f"{path}: no such store (a directory), or an empty one; make one with "
+        raise ValueError(f"{path}: no such store, or an empty one; make one with "
                          "`python data_lightcone.py simulate` or `convert`")
     settings, rows = zip(*(read_row(file, signals) for file in files))
     for file, setting in zip(files, settings):
@@ -636,7 +640,8 @@ def read_store(path, signals=True):
 
 def store_at(out):
     """The Store to add to, without its signals; None where there is none yet."""
-    return read_store(out, signals=False) if any(out.glob("[!.]*.h5")) else None
+    filled = out.is_file() or any(out.glob("[!.]*.h5"))
+    return read_store(out, signals=False) if filled else None
 
 
 def open_for_adding(out, size):

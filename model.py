@@ -218,7 +218,7 @@ def read_config(raw, where="config.json"):
     refused += [f"{key} {raw[key]!r}" for key in FACTORS if raw.get(key) not in (None, 1)]
     if kind not in ("llama", "qwen2"):
         refused = [f"model_type {kind!r}"]
-    if raw.get("hidden_act", "silu") != "silu":
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         refused.append(f"hidden_act {raw['hidden_act']!r}")
     if kind == "llama" and raw.get("sliding_window"):            # Qwen2 has a switch for it
         refused.append(f"sliding_window {raw['sliding_window']!r}")

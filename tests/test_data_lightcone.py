@@ -454,7 +454,7 @@ def test_a_file_is_no_store(tmp_path):
     (tmp_path / "old.h5").write_bytes(b"as earlier versions wrote it")
     for read in (dl.read_store, lambda p: dl.SubLightcones(p, "train"), lambda p: dl.GlobalSignals(p, "train"), lambda p: dl.simulate(p, 1),
                  lambda p: dl.convert([write_v3(tmp_path / "a")], p, 50)):
-        with pytest.raises((ValueError, OSError), match="no such store|File exists"):
+        with pytest.raises(ValueError, match="is a file, as earlier versions wrote"):
             read(tmp_path / "old.h5")
 
 
@@ -584,7 +584,9 @@ def test_options_that_change_what_a_parameter_means(tmp_path):
         return [k for k, v in zip(dl.PARAMETERS, lightcone.parameters) if np.isfinite(v)], " ".join(lightcone.notes)
 
     for write, rest in ((write_v3, ["m_WDM", "Om", "log10_T_vir", "zeta"]), (write_v4, ["Om", "log10_T_vir", "zeta"])):
-        names, notes = known(write(tmp_path / "a", flags={"USE_TS_FLUCT": False}))
+        for off in (False, "False"):                          # a word, as other writers of HDF5 have it
+            names, notes = known(write(tmp_path / "a", flags={"USE_TS_FLUCT": off}))
+            assert names == rest
         assert names == rest and "log10_L_X unknown: USE_TS_FLUCT is off" in notes and "E_0 unknown: USE_TS_FLUCT is off" in notes
     names, notes = known(write_v4(tmp_path / "a", flags={"USE_X_RAY_HEATING": False}))
     assert names == ["Om", "log10_T_vir", "zeta"] and "USE_X_RAY_HEATING is off" in notes
