@@ -508,7 +508,7 @@ def test_errors_are_one_line_and_status_2(tmp_path, capsys):
     make_store(tmp_path / "store", 3, T=50)
     make_store(tmp_path / "foreign", 3)
     h5py.File(tmp_path / "foreign" / "other.h5", "w").close()
-    for arguments, words in [(["inspect", tmp_path / "none"], "no such store"), (["inspect", tmp_path / "text.h5"], "no such store (a directory)"),
+    for arguments, words in [(["inspect", tmp_path / "none"], "no such store"), (["inspect", tmp_path / "text.h5"], "is a file, as earlier versions wrote"),
                              (["inspect", tmp_path / "foreign"], "other.h5: is not a lightcone of a store"),
                              (["convert", tmp_path / "text.h5", "--out", tmp_path / "x"], "neither HDF5 nor .npz"),
                              (["simulate", "-n", "2", "--out", tmp_path / "store"], "choose another --out"),
