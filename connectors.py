@@ -248,35 +248,20 @@ def trained_parameters(network):
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
-def widen(backbone):
-    """A start from which a network trained from scratch soon looks back, in place (ours).
-
-    Matrices N(0, 1/C) keep the size of what they map from C numbers, where the paper's N(0, 0.02^2)
-    lets it fade in seven blocks. With biases N(0, 1.5^2) of queries and keys, rotated by RoPE, a
-    head looks at some distances more than at others, where without them it looks at all tokens
-    alike."""
-    std = backbone.config.hidden_size**-0.5
-    for layer in backbone.layers:
-        for name, p in layer.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, 0.0, std)
-            elif name.endswith(("q_proj.bias", "k_proj.bias")):
-                nn.init.normal_(p, 0.0, 1.5)
-
-
 def build_backbone(settings, references, pieces, dtype=None):
     """The backbone of a run before training, on the CPU -> Decoder, {words of the prompt: (n, C)},
     fingerprint of the base.
 
-    A reference is float32 and has neither words nor base. A language model is loaded, or drawn from
-    torch's global generator, in settings["dtype"] (float32 where all of it is trained) and cast to
-    `dtype` where that is given: what is random does not depend on it."""
+    A reference is float32 and has neither words nor base. Its start may be "wide" (ours): matrices
+    N(0, 1/C) keep the size of what they map from C numbers, where the paper's N(0, 0.02^2) let it
+    fade in seven blocks, and it learns sooner to look back. A language model is loaded, or drawn
+    from torch's global generator, in settings["dtype"] (float32 where all of it is trained) and
+    cast to `dtype` where that is given: what is random does not depend on it."""
     init = settings["init"]
     if init in references:
         backbone = Decoder(replace(references[init], attention_dropout=settings["dropout"]))
-        init_weights(backbone)
-        if settings.get("start") == "wide":
-            widen(backbone)
+        wide = settings.get("start") == "wide"
+        init_weights(backbone, backbone.config.hidden_size**-0.5 if wide else 0.02)
         return backbone, {}, None
     ids = encode_words(settings["base"], pieces)
     stored = getattr(torch, settings["dtype"])
@@ -602,7 +587,7 @@ def build_generator(settings, device="cpu", dtype=None):
     """The network of a run before training, in eval mode.
 
     settings: init, base, blocks, tune, rank, patch, seed, dropout, dtype; perhaps velocity, a width
-    and an inner width, velocity_dtype, carry, and start: "wide" for `widen`. What is random depends
+    and an inner width, velocity_dtype, carry, and start: "wide" or "paper". What is random depends
     on the seed and settings["dtype"] alone: it is drawn on the CPU, whatever the device. dtype:
     what the backbone computes in, default settings["dtype"]. Raises ValueError for a base that
     cannot be loaded or does not know the words of the prompt."""

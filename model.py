@@ -566,11 +566,11 @@ class CausalLM(nn.Module):
         return self.lm_head(self.model(ids, **context))
 
 
-def init_weights(model):
-    """Fresh weights: matrices N(0, 0.02), biases 0, norms 1, from torch's global generator."""
+def init_weights(model, std=0.02):
+    """Fresh weights: matrices N(0, std^2), biases 0, norms 1, from torch's global generator."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, 0.0, 0.02)
+            nn.init.normal_(module.weight, 0.0, std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, RMSNorm):

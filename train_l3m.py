@@ -142,9 +142,8 @@ def arguments(argv=None):
         help="what the velocity network is trained in (sampling and validation: float32); auto: "
              "bfloat16 where it is fast")
     add("--start", choices=["wide", "paper"],
-        help="of the references' weights. paper: N(0, 0.02^2) and no biases; wide: N(0, 1/hidden "
-             "size), biases of queries and keys N(0, 1.5^2), which learn to look back sooner "
-             "(default: wide)")
+        help="of the references' matrices. paper: N(0, 0.02^2); wide: N(0, 1/hidden size), which "
+             "learn to look back sooner (default: wide)")
     add("--carry", action="store_true",
         help="not the paper's: the same patch of the slice before is added to the condition")
     add("--eval-samples", type=bounded(int, 0), default=1024,

@@ -4,8 +4,8 @@
     python tests/bench_lightcone.py regress data/lightcones                # held-out R^2 of ridge regression, linear and in a Gaussian kernel
     python tests/bench_lightcone.py layout                                 # read speed of the ways to lay out a cube in its file
     python tests/bench_lightcone.py draws                                  # CPU time of a batch of 64 draws, 12 slices of 28 x 28 and of 140 x 140
-    python tests/bench_lightcone.py start STORE wide 0                     # 450 steps of the small reference from --start wide or paper, seed 0: does it look back? Or from
-                                                                           # wide's matrices (biases 0) or wide's biases (matrices N(0, 0.02^2)) alone
+    python tests/bench_lightcone.py start STORE wide 0                     # 450 steps of the small reference from --start wide or paper, seed 0: does it look back? "biases"
+                                                                           # and "both": with biases N(0, 1.5^2) of queries and keys, on paper's and on wide's matrices
     python tests/bench_lightcone.py loader                                 # SubLightcones over a sparse 304 GB store: slices/s and resident memory"""
 import multiprocessing
 import os
@@ -167,13 +167,11 @@ def start(store, kind, seed="0", steps=450):
     torch.set_num_threads(1)
     generator = connectors.build_generator({
         "experiment": "generate", "init": "small", "base": None, "blocks": None, "tune": "full", "rank": 2, "patch": 14, "seed": int(seed),
-        "dropout": 0.0, "dtype": "float32", "start": "paper" if kind == "paper" else "wide"}).train()
+        "dropout": 0.0, "dtype": "float32", "start": "wide" if kind in ("wide", "both") else "paper"}).train()
     torch.manual_seed(int(seed) + 1)
     for name, p in generator.backbone.layers.named_parameters():
-        if kind == "matrices" and name.endswith("bias"):
-            torch.nn.init.zeros_(p)
-        elif kind == "biases" and p.dim() == 2:
-            torch.nn.init.normal_(p, 0.0, 0.02)
+        if kind in ("biases", "both") and name.endswith(("q_proj.bias", "k_proj.bias")):
+            torch.nn.init.normal_(p, 0.0, 1.5)
     train, held_out = dl.SubLightcones(store, "train"), dl.SubLightcones(store, "validation")
     keys = [(0, int(i)) for i in np.random.default_rng(0).permutation(len(held_out))[:64]]
     held_out = [generator.draw(held_out, keys[i:i + 16])[:2] for i in range(0, len(keys), 16)]
