@@ -107,18 +107,19 @@ def hydrogen(h=HUBBLE, Ob=OMEGA_B):
     return 3 * (h * 1e7 / MPC) ** 2 / (8 * np.pi * GRAVITY) * Ob / (1 + 4 * N_HE) / PROTON_MASS
 
 
+REDSHIFTS = np.linspace(0, 100, 20001)        # where distances are worked out
+
+
 def comoving_distance(z, Om, h=HUBBLE):
     """Comoving distance to redshift z (array or number) in Mpc."""
-    grid = np.linspace(0, 100, 20001)
-    f = LIGHT_SPEED / hubble(grid, Om, h) / MPC
-    steps = (f[1:] + f[:-1]) / 2 * np.diff(grid)
-    return np.interp(z, grid, np.concatenate([[0], np.cumsum(steps)]))
+    f = LIGHT_SPEED / hubble(REDSHIFTS, Om, h) / MPC
+    steps = (f[1:] + f[:-1]) / 2 * np.diff(REDSHIFTS)
+    return np.interp(z, REDSHIFTS, np.concatenate([[0], np.cumsum(steps)]))
 
 
 def redshift_at(distance, Om, h=HUBBLE):
     """The inverse of `comoving_distance`."""
-    grid = np.linspace(0, 100, 20001)
-    return np.interp(distance, comoving_distance(grid, Om, h), grid)
+    return np.interp(distance, comoving_distance(REDSHIFTS, Om, h), REDSHIFTS)
 
 
 def optical_depth(z, x_hi, Om, z_end, h=HUBBLE, Ob=OMEGA_B):
@@ -147,6 +148,11 @@ def filter_reason(tau, x_hi_end, tau_sigma=5.0, max_x_hi=0.1):
 def to_unit(parameters):
     """(..., 6) in physical units -> [0, 1] over the priors."""
     return (parameters - PRIORS[:, 0]) / (PRIORS[:, 1] - PRIORS[:, 0])
+
+
+def to_physical(unit, j=slice(None)):
+    """[0, 1] over the priors -> physical units, for all parameters (..., 6) or for parameter j."""
+    return PRIORS[j, 0] + unit * (PRIORS[j, 1] - PRIORS[j, 0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,7 +216,7 @@ def read_21cmfast(path, f):
     settings = {}
     for group in inputs.values():
         for key, value in group.attrs.items():                # a flag may be a word
-            settings[key] = str(value) == "True" if str(value) in ("True", "False") else value
+            settings[key] = {"True": True, "False": False}.get(str(value), value)
     parameters, notes = parameters_21cmfast(path, settings, v4)
     options = [f"{name} {settings[name]}" for name, values in PAPER_OPTIONS.items()
                if name in settings and settings[name] not in values]
@@ -424,22 +430,21 @@ def check_cube(path, cube, z, history):
     if history is not None and history[1].any():        # of zeros alone: not written yet
         x_hi = np.interp(z, history[0, ::-1], history[1, ::-1])
     neutral = x_hi > 0.4                                # finished ones reach 0.29, between nodes
-    mean = np.abs(cube.mean(axis=(1, 2))).max()
-    check_unit(path, mean if neutral.any() else np.inf, mean)
+    check_unit(path, np.abs(cube.mean(axis=(1, 2))).max(), (x_hi > 0.9).any())
     dead = ~cube.any(axis=(1, 2)) & neutral
     if history is not None and dead.any():
         raise ValueError(f"{path}: unfinished: {dead.sum()} slices up to z = {z[dead][0]:.1f} are "
                          f"all zero, where its history has x_HI = {x_hi[dead].max():.2f}")
 
 
-def check_unit(path, low, high):
-    """ValueError if these cannot be |sky mean| in mK, each the highest of a lightcone: 21cmFAST's
-    from z = 5 to 35 have 27 to 365."""
-    if low < 6:
-        raise ValueError(f"{path}: no sky mean is above {low:.3g} mK: is it in kelvin, normalised, "
-                         "without its mean, or empty?")
-    if high > 500:
-        raise ValueError(f"{path}: a slice of {high:.4g} mK on average: is it in another unit "
+def check_unit(path, highest, neutral):
+    """ValueError if this cannot be the highest |sky mean| in mK of a lightcone, with or without
+    slices of neutral gas: 21cmFAST's from z = 5 to 35 have 27 to 365, few of the fast ones 6."""
+    if neutral and highest < 3:
+        raise ValueError(f"{path}: no sky mean is above {highest:.3g} mK: is it in kelvin, "
+                         "normalised, without its mean, or empty?")
+    if highest > 500:
+        raise ValueError(f"{path}: a slice of {highest:.4g} mK on average: is it in another unit "
                          "(convert it to mK), or filled up (leave it out)?")
 
 
@@ -557,7 +562,7 @@ def read_row(path, signals):
         if "brightness_temp" not in f or "about" not in f.attrs:
             raise ValueError(f"{path}: is not a lightcone of a store, so it cannot lie in one; "
                              "`python data_lightcone.py convert` adds lightcone files to a store")
-        if len(path.stem) != 12:                         # it may be trained on and tested with
+        if len(path.stem) != 12:       # of name_of: it may be trained on and tested with
             raise ValueError("is not called as it was: a copy?")
         cube = f["brightness_temp"]
         row = json.loads(f.attrs["about"])
@@ -1043,8 +1048,7 @@ def draw_parameters(n, seed):
     """(n, 6) in physical units: the first n points of a scrambled Sobol sequence over the priors. A
     larger n continues the same sequence."""
     engine = torch.quasirandom.SobolEngine(6, scramble=True, seed=seed)
-    unit = engine.draw(n, dtype=torch.float64).numpy()
-    return PRIORS[:, 0] + unit * (PRIORS[:, 1] - PRIORS[:, 0])
+    return to_physical(engine.draw(n, dtype=torch.float64).numpy())
 
 
 def simulate(out, n, backend="fast", seed=0, sky=28, bins=470, box=200.0, step=1.02,
@@ -1330,8 +1334,7 @@ def read_signals(path):
         for what, rows in (("parameters", parameters), ("seeds", seeds), ("histories", histories)):
             if len(rows) != n:
                 raise ValueError(f"{len(rows)} {what} for {n} signals")
-        highest = np.nanmax(np.abs(signal), axis=1, initial=0)
-        check_unit(path, highest.min(), highest.max())
+        check_unit(path, np.nanmax(np.abs(signal), initial=0), True)
         passed = np.ones(n, bool)
         for i in range(n if histories.size else 0):
             history = clean_history((arrays["node_z"], histories[i]), [])
@@ -1606,25 +1609,26 @@ def arguments(argv=None):
     how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     s = commands.add_parser("simulate", help="make lightcones, parameters drawn from the priors",
                             **how)
-    s.add_argument("-n", type=bounded(int, 1, 10**6), default=1000,
+    add = s.add_argument
+    add("-n", type=bounded(int, 1, 10**6), default=1000,
                    help="how many parameter draws; a larger n later continues the sequence")
-    s.add_argument("--backend", choices=["fast", "21cmfast"], default="fast",
+    add("--backend", choices=["fast", "21cmfast"], default="fast",
                    help="fast: built in, a stand-in; 21cmfast: the real one, if installed")
-    s.add_argument("--seed", type=bounded(int, 0, 2000), default=0,
+    add("--seed", type=bounded(int, 0, 2000), default=0,
                    help="of parameters and density; another for each job of a cluster")
-    s.add_argument("--sky", type=bounded(int, 4, 1000), default=argparse.SUPPRESS,
+    add("--sky", type=bounded(int, 4, 1000), default=argparse.SUPPRESS,
                    help="cells along each side of the sky (default: fast 28, 21cmfast 140)")
-    s.add_argument("--bins", type=bounded(int, 2, 20000), default=argparse.SUPPRESS,
+    add("--bins", type=bounded(int, 2, 20000), default=argparse.SUPPRESS,
                    help="slices along the line of sight (default: fast 470, 21cmfast 2350)")
-    s.add_argument("--box", type=bounded(float, 1, 5000), default=200.0,
+    add("--box", type=bounded(float, 1, 5000), default=200.0,
                    help="side of the box on the sky, Mpc")
-    s.add_argument("--step", type=bounded(float, 1.0001, 2), default=1.02,
+    add("--step", type=bounded(float, 1.0001, 2), default=1.02,
                    help="21cmfast: ZPRIME_STEP_FACTOR; 1.1 is coarse and quick")
-    s.add_argument("--workers", type=bounded(int, 1, 1024), default=os.cpu_count(),
+    add("--workers", type=bounded(int, 1, 1024), default=os.cpu_count(),
                    help="processes")
-    s.add_argument("--python", default=sys.executable,
+    add("--python", default=sys.executable,
                    help="21cmfast: the Python interpreter that has it")
-    s.add_argument("--keep", metavar="DIR", default=argparse.SUPPRESS,
+    add("--keep", metavar="DIR", default=argparse.SUPPRESS,
                    help="21cmfast: keep its own files here, too")
     c = commands.add_parser("convert", help="read lightcone files (21cmFAST v3 and v4 HDF5, .npz) "
                             "into a store", **how)

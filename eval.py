@@ -94,7 +94,8 @@ from data_arxiv import bounded, lock, one_line, reading, writing
 from data_lightcone import (BINS, CELL, COLOURS, DIGITS, PARAMETERS, PRIORS, SYMBOLS, UNITS,
                             GlobalSignals, SubLightcones, colour_bar, denormalise, difference,
                             eor_colours, figure, in_words, name_of as lightcone_name, normalise,
-                            power_spectrum, read_lightcone, read_store, setting_of, split_names)
+                            power_spectrum, read_lightcone, read_store, setting_of, split_names,
+                            to_physical)
 from flow import sample
 from lora import load_adapter, merge, save_merged
 from model import (TOKENIZER_FILES, bos_eos, fetch, generate as generate_text, load_config,
@@ -334,7 +335,7 @@ def read_texts(data, subset, args):
         ids, texts = data_arxiv.read_texts(data)
     else:
         ids, texts = data_arxiv.load(data, subset, args.split)
-    keep = np.sort(np.random.default_rng(args.seed).permutation(len(texts))[:args.samples or None])
+    keep = choose(range(len(texts)), args.samples, args.seed)
     found = {ids[i]: texts[i] for i in keep if texts[i]}
     if not found:
         raise ValueError(f"{what} of {data} holds no abstract with text")
@@ -602,11 +603,16 @@ def append_lines(path, records):
 def write_completions(out, models, abstracts, args):
     """Append to the JSONL file `out` what it lacks of {id: (prompt, truth)} by each model.
 
-    Raises ValueError if another process does, or the file holds others by the same names."""
+    Raises ValueError if another process does, or the file holds others by the same names or ids."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "ab"), open(lock(out, "writing")):
         cut_half_line(out)
         have = read_completions(out) if os.path.getsize(out) else {}
+        for i, old in have.get("truth", {}).items():
+            was = (old["prompt"], old["truth"])
+            if abstracts.get(i, was) != was:
+                raise ValueError(f"{out} holds another prompt or truth of {i}: choose another "
+                                 "--out")
         with tqdm(total=len(models) * len(abstracts), desc="completions", unit="completion",
                   dynamic_ncols=True) as bar:
             for m in models:
@@ -621,16 +627,15 @@ def write_completions(out, models, abstracts, args):
 def new_completions(m, abstracts, have, args):
     """Yields, batch by batch, the records of a Model that are not among those it has, {id: record}.
 
-    Raises ValueError if those were made of other prompts or with other settings."""
+    Raises ValueError if those were made with other settings."""
     weights = m.adapter and (m.adapter / "adapter_model.safetensors").read_bytes()
     settings = {"base": name_of(m.base), "quantize": args.quantize, "dtype": str(args.dtype)[6:],
                 "adapter": weights and f"{zlib.crc32(weights):08x}",
                 "temperature": args.temperature, "top_k": args.top_k, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens, "bos": not args.no_bos}
-    for i, old in have.items():
-        was = old["settings"] | {"prompt": old["prompt"]}
-        prompt, _ = abstracts.get(i, (old["prompt"], None))
-        for k, now in (settings | {"prompt": prompt}).items():
+    for old in have.values():
+        was = old["settings"]
+        for k, now in settings.items():
             if was.get(k) != now:
                 raise ValueError(f"--out holds other completions of {m.name} ({k} was "
                                  f"{was.get(k)!r}, now {now!r}): choose another")
@@ -1569,11 +1574,6 @@ def axis_label(j):
     return f"{SYMBOLS[j]} [{UNITS[j]}]" if UNITS[j] else SYMBOLS[j]
 
 
-def to_physical(unit, j=slice(None)):
-    """[0, 1] over the priors -> physical units, for all parameters (..., 6) or for parameter j."""
-    return PRIORS[j, 0] + unit * (PRIORS[j, 1] - PRIORS[j, 0])
-
-
 @torch.no_grad()
 def predict(run, settings, signals, device, batch_size):
     """The Gaussians that a run predicts from signals (N, tokens) -> mean (N, 6) in [0, 1] and
@@ -2018,32 +2018,18 @@ def follow(predict, windows, test, p, args, device, bar):
     return {k: v.numpy() for k, v in found.items()}
 
 
-class FirstVelocity:
-    """A velocity network that keeps its first answer: that at t = 0, where the samplers begin."""
-
-    def __init__(self, net):
-        self.net = net
-        self.condition = net.condition
-        self.first = None
-
-    def __call__(self, x, t, c):
-        velocity = self.net(x, t, c)
-        if self.first is None:
-            self.first = velocity
-        return velocity
-
-
 def drawn_by(generator, args):
     """The generator as a `predict` of `follow`: each patch drawn once, given the truth before it;
     its conditional mean is e + v at t = 0, where the velocity v of the noise e is E[x] - e."""
     def predict(slices, conditions, noise):
         p = generator.p
-        net = FirstVelocity(generator.velocity)
+        net = generator.velocity
         cond = generator.patch_conditions(slices, conditions).flatten(0, 2)       # (N, 2, p, p)
         patches = patch(noise, p)                             # (B, S - 2, R, K, p*p)
         e = patches.reshape(-1, 1, p, p)
         x, _ = sample(net, cond, args.method, noise=e, steps=args.steps)
-        return unpatch(x.view_as(patches)), unpatch((e + net.first).view_as(patches))
+        first = net(e, e.new_zeros(len(e)), net.condition(cond))
+        return unpatch(x.view_as(patches)), unpatch((e + first).view_as(patches))
     return predict
 
 

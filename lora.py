@@ -322,10 +322,12 @@ def load_adapter(model, directory):
         A, B = (tensors[f"{PREFIX}{name}.lora_{which}.weight"] for which in "AB")
         if config.get("use_rslora"):                          # alpha / sqrt r for alpha / r
             alpha *= math.sqrt(len(A))
-        with reading(directory / "adapter_model.safetensors", f"it does not fit at {name}"):
+        try:
             if len(A) != rank:
                 raise ValueError(f"lora_A has rank {len(A)}, adapter_config.json says {rank}")
             attach(layers[name], A, B, alpha, config["lora_dropout"])
+        except ValueError as e:
+            raise ValueError(f"the adapter in {directory} does not fit at {name}: {e}") from None
     model.requires_grad_(False)
 
 

@@ -153,10 +153,6 @@ class Config:
     eos_token_id: int | list | None = None
     attention_dropout: float = 0.0
 
-    @property
-    def qkv_bias(self):
-        return self.model_type == "qwen2"
-
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -410,18 +406,18 @@ class Attention(nn.Module):
         C = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(C, queries, bias=config.qkv_bias)
-        self.k_proj = linear(C, keys, bias=config.qkv_bias)
-        self.v_proj = linear(C, keys, bias=config.qkv_bias)
+        bias = config.model_type == "qwen2"
+        self.q_proj = linear(C, queries, bias=bias)
+        self.k_proj = linear(C, keys, bias=bias)
+        self.v_proj = linear(C, keys, bias=bias)
         self.o_proj = linear(queries, C, bias=False)
 
     def project(self, x, rope, last_only):
         """-> q (B, H, n, D) of the n positions that ask; k, v (B, G, T, D) of all, which answer."""
         start = -1 if last_only else 0
         heads = (-1, self.config.head_dim)
-        q = self.q_proj(x[:, start:]).unflatten(-1, heads).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        projected = self.q_proj(x[:, start:]), self.k_proj(x), self.v_proj(x)
+        q, k, v = [part.unflatten(-1, heads).transpose(1, 2) for part in projected]
         q = rotate(q, *(f[:, :, start:] for f in rope))
         return q, rotate(k, *rope), v
 
@@ -437,11 +433,11 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.fill(layer, k, v, lengths)
             parts = []
-            for n, *qkv in zip(lengths, *(t.split(lengths, dim=2) for t in (q, k, v))):
-                more = spare(n, q, 32) * causal               # behind: nothing sees them
-                if more:
+            for length, *qkv in zip(lengths, *(t.split(lengths, dim=2) for t in (q, k, v))):
+                more = spare(length, q, 32) if causal else 0
+                if more:                                      # behind, where nothing sees them
                     qkv = [F.pad(t, (0, 0, 0, more)) for t in qkv]
-                parts.append(attend(*qkv, causal=causal, dropout=drop)[:, :, :n])
+                parts.append(attend(*qkv, causal=causal, dropout=drop)[:, :, :length])
             y = torch.cat(parts, dim=2)
         return y.transpose(1, 2).flatten(2)                              # -> (B, n, H*D)
 
@@ -525,10 +521,11 @@ class Decoder(nn.Module):
                 positions = positions + cache.lengths[:, None]
         else:
             lengths = [int(n) for n in lengths]
-            in_use = cache is not None and cache.used > 0
+            in_use = cache is not None and (cache.used > 0 or len(lengths) != len(cache.lengths))
             if B != 1 or sum(lengths) != T or in_use or last_only:
                 raise ValueError("lengths need one row, without last_only or a cache that is in "
-                                 f"use, and must sum to its {T} tokens; got {B} rows and the sum "
+                                 "use or has another number of rows, "
+                                 f"and must sum to its {T} tokens; got {B} rows and the sum "
                                  f"{sum(lengths)}")
             more = spare(T, x)
             if more:                                          # a sequence of zeros, cut off below

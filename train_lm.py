@@ -333,8 +333,8 @@ def share(rows, texts, rank, world):
     """This process's rows of a batch, in its order: dealt from the longest text on, forth and back,
     so that all have as many tokens to do (of three processes the slowest had 8% more)."""
     longest = sorted(range(len(rows)), key=lambda i: -len(texts[rows[i]]))
-    turns = (rank, 2 * world - 1 - rank)
-    return [rows[i] for i in sorted(i for k, i in enumerate(longest) if k % (2 * world) in turns)]
+    mine = longest[rank::2 * world] + longest[2 * world - 1 - rank::2 * world]
+    return [rows[i] for i in sorted(mine)]
 
 
 def micro_batches(sequences, size, device):
@@ -568,7 +568,6 @@ def update(parameters, optimizer, losses, clip, stop=False, what="this step"):
 
 
 PATHS = ("base", "data")                                      # settings that may change: places
-ADAMW = ("step", "exp_avg", "exp_avg_sq")                     # what torch keeps of each parameter
 LEFT = (".config.json.*.tmp", ".rows.npz.*.tmp", ".metrics.jsonl.*.tmp", ".*.safetensors.*.tmp",
         "adapter*/.adapter_*.tmp")                            # of a kill in the middle of writing
 
@@ -632,7 +631,7 @@ class Run:
         if damage:
             raise ValueError(f"no whole checkpoint is left: {'; '.join(damage)}. Put a copy of one "
                              "in its place, or choose another --out")
-        for result in (ADAPTER, "model.safetensors"):
+        for result in (ADAPTER, ADAPTER.replace("/", "-best/", 1), "model.safetensors"):
             if (self.out / result).exists():
                 raise ValueError(f"{self.out} holds a {result}, but no checkpoint to go on from: "
                                  "choose another --out")
@@ -686,18 +685,16 @@ class Run:
             if self.first:
                 self.write_config()
             tensors, _ = read_checkpoint(self.checkpoint)
-            for name, p in named.items():
-                for key in (name, *(f"{name}/{part}" for part in ADAMW)):
-                    value = tensors.get(key)
-                    if value is None and key != name:         # nothing of AdamW's before step 1
-                        continue
-                    if value is None or value.shape not in (p.shape, ()):
-                        raise ValueError(f"{self.checkpoint} is of another run: {key} does not fit")
-                    if key == name:
-                        p.copy_(value)
-                    else:
-                        device = p.device if value.dim() else "cpu"
-                        optimizer.state[p][key.rpartition("/")[2]] = value.to(device)
+            for key in {*named, *tensors}:
+                name, _, part = key.partition("/")            # part: of AdamW's state
+                p = named.get(name)
+                value = tensors.get(key)
+                if p is None or value is None or value.shape not in (p.shape, ()):
+                    raise ValueError(f"{self.checkpoint} is of another run: {key} does not fit")
+                if part:
+                    optimizer.state[p][part] = value.to(p.device if value.dim() else "cpu")
+                else:
+                    p.copy_(value)
         if self.first:
             self.cut_metrics(step)
         return step, best

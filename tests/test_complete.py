@@ -108,7 +108,7 @@ def test_other_texts_of_the_same_ids(tiny, run, tmp_path, capsys):
     assert (tmp_path / "c.jsonl").read_bytes() == whole
     with pytest.raises(SystemExit):
         nano_eval.main([*arguments, "--data", str(tmp_path / "b.jsonl")])
-    assert "prompt was" in capsys.readouterr().err
+    assert "another prompt or truth" in capsys.readouterr().err
     (tmp_path / "c.jsonl").write_bytes(whole + whole)
     with pytest.raises(SystemExit):
         nano_eval.main(["signatures", str(tmp_path / "c.jsonl")])
