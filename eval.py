@@ -1256,8 +1256,9 @@ def compare(args):
             for name, run in bases.items()]
     for run, s in settings.items():
         losses = [f"{loss:.4f}" for loss in validation_losses(run)]
-        rows.append({"name": name_of(run), "subset": s["subset"], "lora": str(s.get("lora")),
-                     "run": run, "validation loss": losses[-1] if losses else "-",
+        rows.append({"name": name_of(run), "subset": s["subset"], "run": run,
+                     "lora": re.sub(r"[\[\]']", "", str(s.get("lora"))),
+                     "validation loss": losses[-1] if losses else "-",
                      "measures": measured(name_of(run), run, args.completions)})
     columns = []
     for column, command in COMPARED.items():
