@@ -677,12 +677,12 @@ def demo(args):
               flush=True)
         part("eval.py", "regress", out / "small", out / "random")
     else:
-        print("   an epoch, a taste of it: a small velocity network, and --carry, which is not\n"
+        print("   300 steps, a taste of it: a small velocity network, and --carry, which is not\n"
               "   the paper's: without it, slices evolve only after a longer training",
               flush=True)
         part(*common, "--init", "small", "--carry", "--velocity", 16, 32, "--batch-size", 4,
-             "--epochs", 1, "--lr", 2e-3, "--eval-samples", 32, "--validate-every", 0.2,
-             "--out", out / "small")
+             "--epochs", 1, "--max-steps", 300, "--lr", 2e-3, "--eval-samples", 32,
+             "--validate-every", 0.2, "--out", out / "small")
         print("3. A test lightcone, continued twice from two of its slices; lag1: how alike the "
               "structure\n   of neighbouring slices is, drawn and true", flush=True)
         part("eval.py", "generate", out / "small", "--redshifts", 11, 10, 9, "--samples", 2)
