@@ -439,7 +439,7 @@ def encode(tokenizer, text, bos, eos):
     The text itself is encoded without special tokens: some tokenizers would add a BOS of their own.
     tokenizer: a tokenizers.Tokenizer."""
     end = [] if eos is None else [eos]
-    with reading("tokenizer.json", "it must encode any text"):
+    with reading("tokenizer.json", "it cannot encode this text: get the model's own again"):
         return [bos] + tokenizer.encode(text, add_special_tokens=False).ids + end
 
 
@@ -470,8 +470,6 @@ def collate(sequences):
 # Reading JSONL: the one reader, for snapshots, own texts, completions and ratings
 
 LONGEST_LINE = 1 << 24                                        # bytes; a record has a few thousand
-
-
 LINE_BREAK = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")       # str.splitlines' own
 
 

@@ -181,7 +181,8 @@ def read_lightcone(path, bins=BINS, cube=True):
     parameters do not mean what they mean here."""
     with reading(path, "if it is truncated or damaged, copy it again") as path:
         if not path.is_file():
-            raise ValueError(f"{path}: is {'a directory' if path.is_dir() else 'no file'}")
+            raise ValueError(f"{path}: is {'a directory' if path.is_dir() else 'no file'}; "
+                             "give lightcone files")
         with open(path, "rb") as f:
             magic = f.read(8)
         if magic.startswith(b"\x89HDF"):
@@ -231,7 +232,7 @@ def read_21cmfast(path, f):
     side = settings["HII_DIM"]
     cell = settings.get("BOX_LEN", settings.get("LOWRES_CELL_SIZE_MPC", 1.5) * side) / side
     if not 0 < cell < np.inf:
-        raise ValueError(f"{path}: cells of {cell:g} Mpc")
+        raise ValueError(f"{path}: cells of {cell:g} Mpc (BOX_LEN over HII_DIM): simulate it again")
     distances = f.get("lightcone_distances", f.get("distances"))                         # v4, v3
     if distances is None:                          # up to 3.3.1: cells are cubes, from `redshift`
         start = comoving_distance(f.attrs["redshift"], parameters[1], assumed(cosmology)[0])
@@ -334,7 +335,8 @@ def assumed(cosmology):
     for what no universe has, such as h = 67."""
     values = np.where(np.isnan(cosmology), COSMOLOGY, cosmology).tolist()
     if not all(paper / 2 < value < paper * 2 for value, paper in zip(values, COSMOLOGY)):
-        raise ValueError(f"h, Omega_b, sigma_8, n_s are {values}, the paper's {COSMOLOGY}")
+        raise ValueError(f"h, Omega_b, sigma_8, n_s are {values}, far from the paper's "
+                         f"{COSMOLOGY}: mend those of another unit, such as h = 67")
     return tuple(values)
 
 
@@ -424,8 +426,8 @@ def check_cube(path, cube, z, history):
     """ValueError if the cube (T, X, Y) is not brightness temperature in mK, or not all there."""
     bad = cube.size - np.count_nonzero(np.abs(cube) < 5000)
     if bad:                                             # 21cmFAST's reach 533
-        raise ValueError(f"{path}: {bad} voxels are NaN, infinite or beyond 5000 mK: is it "
-                         "in another unit, or filled up?")
+        raise ValueError(f"{path}: {bad} voxels are NaN, infinite or beyond 5000 mK: convert "
+                         "another unit to mK, leave out slices that were filled up")
     x_hi = np.ones(len(z))
     if history is not None and history[1].any():        # of zeros alone: not written yet
         x_hi = np.interp(z, history[0, ::-1], history[1, ::-1])
@@ -562,8 +564,8 @@ def read_row(path, signals):
         if "brightness_temp" not in f or "about" not in f.attrs:
             raise ValueError(f"{path}: is not a lightcone of a store, so it cannot lie in one; "
                              "`python data_lightcone.py convert` adds lightcone files to a store")
-        if len(path.stem) != 12:       # of name_of: it may be trained on and tested with
-            raise ValueError("is not called as it was: a copy?")
+        if len(path.stem) != 12:       # as name_of has it: a copy could be trained on and tested
+            raise ValueError("is not called as it was written: is it a copy?")
         cube = f["brightness_temp"]
         row = json.loads(f.attrs["about"])
         row["offset"] = cube.id.get_offset()             # None: packed by somebody else's program
@@ -585,7 +587,7 @@ def check_row(row, T):
         value = np.asarray(row[key])
         shape = shapes.get(key, ())
         if value.shape != shape or value.dtype.kind not in kinds.get(key, "if"):
-            raise ValueError(f"{key} is not {shape} numbers, or not of its kind")
+            raise ValueError(f"{key} is not of the kind and the shape that were written")
     if not min(row["cell_sky"], row["cell_los"]) > 0:
         raise ValueError("its cells have no size")
 

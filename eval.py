@@ -1257,7 +1257,7 @@ def compare(args):
     for run, s in settings.items():
         losses = [f"{loss:.4f}" for loss in validation_losses(run)]
         rows.append({"name": name_of(run), "subset": s["subset"], "run": run,
-                     "lora": re.sub(r"[\[\]']", "", str(s.get("lora"))),
+                     "lora": re.sub(r"[\[\]']", "", str(s.get("lora"))),        # may be a list
                      "validation loss": losses[-1] if losses else "-",
                      "measures": measured(name_of(run), run, args.completions)})
     columns = []

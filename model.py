@@ -524,9 +524,8 @@ class Decoder(nn.Module):
             in_use = cache is not None and (cache.used > 0 or len(lengths) != len(cache.lengths))
             if B != 1 or sum(lengths) != T or in_use or last_only:
                 raise ValueError("lengths need one row, without last_only or a cache that is in "
-                                 "use or has another number of rows, "
-                                 f"and must sum to its {T} tokens; got {B} rows and the sum "
-                                 f"{sum(lengths)}")
+                                 "use or has another number of rows, and must sum to its "
+                                 f"{T} tokens; got {B} rows and the sum {sum(lengths)}")
             more = spare(T, x)
             if more:                                          # a sequence of zeros, cut off below
                 x = F.pad(x, (0, 0, 0, more))

@@ -331,7 +331,8 @@ def step_seed(*key):
 
 def share(rows, texts, rank, world):
     """This process's rows of a batch, in its order: dealt from the longest text on, forth and back,
-    so that all have as many tokens to do (of three processes the slowest had 8% more)."""
+    so that all have as many tokens to do: of three processes the busiest has 3% more than their
+    mean, dealt in order 10%."""
     longest = sorted(range(len(rows)), key=lambda i: -len(texts[rows[i]]))
     mine = longest[rank::2 * world] + longest[2 * world - 1 - rank::2 * world]
     return [rows[i] for i in sorted(mine)]
@@ -631,7 +632,7 @@ class Run:
         if damage:
             raise ValueError(f"no whole checkpoint is left: {'; '.join(damage)}. Put a copy of one "
                              "in its place, or choose another --out")
-        for result in (ADAPTER, ADAPTER.replace("/", "-best/", 1), "model.safetensors"):
+        for result in ("adapter", "adapter-best", "model.safetensors"):
             if (self.out / result).exists():
                 raise ValueError(f"{self.out} holds a {result}, but no checkpoint to go on from: "
                                  "choose another --out")

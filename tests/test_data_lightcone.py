@@ -433,7 +433,7 @@ def test_rows_that_others_put_or_changed(tmp_path):
     row = min(path.glob("*.h5"))
     (path / f"._{row.name}").write_bytes(b"of macOS")
     copy = Path(shutil.copy(row, path / "copy of it.h5"))                  # it could be in both the training and the test part
-    with pytest.raises(ValueError, match=f"{copy.name}: is not called as it was: a copy"):
+    with pytest.raises(ValueError, match=f"{copy.name}: is not called as it was written: is it a copy"):
         dl.read_store(path)
     copy.unlink()
     about = json.loads(dict(h5py.File(row).attrs)["about"])
